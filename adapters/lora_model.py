@@ -1,0 +1,47 @@
+"""A checked LoRA adapter in host memory: what the loader makes and the row-range pools copy from. Immutable."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from adapters.adapter_ref import AdapterVersion
+
+
+@dataclass(frozen=True, slots=True)
+class LoRAWeights:
+    """One targeted module of one adapter, in the compute dtype: Δy = (x · lora_aᵀ) · lora_b.
+
+    `lora_b` is stored rank-major (the transpose of PEFT's lora_B) and already carries the scale alpha/r
+    (or alpha/√r), folded in float32 before the cast, so that a pool row and a rank are the same thing.
+    """
+
+    lora_a: Tensor  # [r, in_features]
+    lora_b: Tensor  # [r, out_features]
+
+    @property
+    def lora_rank(self) -> int:
+        return self.lora_a.shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.lora_a, self.lora_b))
+
+
+@dataclass(frozen=True, slots=True)
+class LoRAModel:
+    """All modules of one adapter version, keyed by the full module name in the base model."""
+
+    version: AdapterVersion
+    modules: Mapping[str, LoRAWeights]
+    features: tuple[str, ...] = ()  # what was found beyond plain LoRA, e.g. "rslora", "rank_pattern"
+    delta_norms: Mapping[str, float] | None = None  # module kind (q_proj, …) -> root of summed ‖ΔW‖²
+
+    @property
+    def lora_rank(self) -> int:
+        """The widest rank among the modules: how many pool rows the adapter takes."""
+        return max(weights.lora_rank for weights in self.modules.values())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(weights.num_bytes for weights in self.modules.values())

@@ -1,0 +1,67 @@
+"""bfloat16 inside numba: the same bytes as uint16, widened and narrowed by intrinsics, so that one kernel serves both dtypes.
+
+numba and numpy know no bfloat16. A bf16 tensor is therefore handed over as its uint16 bits without a copy (`as_numpy`),
+`widen` turns a stored element into float32 and `narrow` turns a float32 back into the element type of an array. Both
+are resolved when numba compiles, so `widen(x[i])` is a plain load for a float32 array. Knows nothing of LoRA.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+_I32 = ir.IntType(32)
+_SIXTEEN = ir.Constant(_I32, 16)
+
+STORAGE: dict[torch.dtype, np.dtype[Any]] = {
+    torch.bfloat16: np.dtype(np.uint16),
+    torch.float32: np.dtype(np.float32),
+}
+"""The dtypes the kernels serve, and how numpy sees their elements."""
+
+
+def as_numpy(tensor: Tensor) -> npt.NDArray[Any]:
+    """The same memory as a numpy array: uint16 bits for bfloat16, float32 as it is. CPU tensors only."""
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+
+
+@intrinsic
+def widen(_typing: Any, element: Any) -> Any:
+    """float32 value of one stored element: bf16 bits are the upper half of a float32."""
+    if element == types.uint16:
+        return types.float32(types.uint16), _bits_to_f32
+    if element == types.float32:
+        return types.float32(types.float32), lambda _context, _builder, _signature, args: args[0]
+    return None
+
+
+@intrinsic
+def narrow(_typing: Any, value: Any, array: Any) -> Any:
+    """`value` (float32) as an element of `array`, rounded to nearest even when that is bf16; only its type is used."""
+    if value != types.float32 or not isinstance(array, types.Array):
+        return None
+    if array.dtype == types.uint16:
+        return types.uint16(value, array), _f32_to_bits
+    if array.dtype == types.float32:
+        return types.float32(value, array), lambda _context, _builder, _signature, args: args[0]
+    return None
+
+
+def _bits_to_f32(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+    return builder.bitcast(builder.shl(builder.zext(args[0], _I32), _SIXTEEN), ir.FloatType())
+
+
+def _f32_to_bits(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+    """bits = (x + 0x7fff + bit 16 of x) >> 16, in integers so that fastmath cannot drop the NaN case (0x7fc0)."""
+    bits = builder.bitcast(args[0], _I32)
+    is_odd = builder.and_(builder.lshr(bits, _SIXTEEN), ir.Constant(_I32, 1))
+    rounded = builder.lshr(builder.add(bits, builder.add(is_odd, ir.Constant(_I32, 0x7FFF))), _SIXTEEN)
+    magnitude = builder.and_(bits, ir.Constant(_I32, 0x7FFFFFFF))
+    is_nan = builder.icmp_unsigned(">", magnitude, ir.Constant(_I32, 0x7F800000))
+    return builder.trunc(builder.select(is_nan, ir.Constant(_I32, 0x7FC0), rounded), ir.IntType(16))

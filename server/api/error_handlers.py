@@ -1,0 +1,95 @@
+"""Every way a request can fail, turned into OpenAI's four keys: message, type, param, code.
+
+Knows nothing of what the routes do. Statuses and codes are data on the error classes; no message is read to decide
+one. What a client sent is never repeated, and an unforeseen exception tells the client its request id and no more.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from adapters.errors import AdapterError, AdapterNotFound
+from server.errors import BadRequest, ServerError
+
+INTERNAL_ERROR_MESSAGE = "The server had an error while processing your request; its id is in the header x-request-id."
+
+_STATUS_ERRORS: Mapping[int, tuple[str, str]] = {
+    404: ("not_found", "There is no such route on this server."),
+    405: ("method_not_allowed", "This route does not answer this method."),
+}
+
+
+def error_body(message: str, *, error_type: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": error_type, "param": param, "code": code}}
+
+
+def server_error_body(error: ServerError) -> dict[str, Any]:
+    return error_body(error.message, error_type=error.error_type, param=error.param, code=error.code)
+
+
+def error_response(error: ServerError) -> JSONResponse:
+    headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
+    if error.status >= 500 and error.retry_after is None:
+        headers["x-should-retry"] = "false"  # a request that broke a step should not be replayed by an SDK
+    return JSONResponse(server_error_body(error), status_code=error.status, headers=headers)
+
+
+def internal_error_response() -> JSONResponse:
+    body = error_body(INTERNAL_ERROR_MESSAGE, error_type="server_error", code="internal_error")
+    return JSONResponse(body, status_code=500, headers={"x-should-retry": "false"})
+
+
+def validation_error(errors: Sequence[Mapping[str, Any]]) -> BadRequest:
+    """The first of pydantic's errors as a BadRequest whose `param` is the path of the field."""
+    first = errors[0]
+    param = _field_path(first["loc"]) or None
+    subject = f"'{param}'" if param else "The request body"
+    others = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
+    message = first["msg"] if first["type"] != "value_error" else str(first["ctx"]["error"])
+    return BadRequest(f"{subject}: {message}{others}.".replace("..", "."), param=param)
+
+
+def _field_path(loc: Sequence[str | int]) -> str:
+    """("body", "messages", 0, "str", "role") → "messages.0.role"; names of union members are not fields."""
+    parts = [str(part) for part in loc if isinstance(part, int) or part.isidentifier()]
+    if parts[:1] in (["body"], ["query"], ["path"], ["header"]):
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+async def _on_server_error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ServerError)
+    return error_response(error)
+
+
+async def _on_adapter_error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, AdapterError)
+    param = "model" if isinstance(error, AdapterNotFound) else None
+    body = error_body(str(error), error_type="invalid_request_error", param=param, code=error.code)
+    return JSONResponse(body, status_code=error.status)
+
+
+async def _on_validation_error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    return error_response(validation_error(error.errors()))
+
+
+async def _on_http_exception(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    code, message = _STATUS_ERRORS.get(error.status_code, (None, error.detail))
+    error_type = "invalid_request_error" if error.status_code < 500 else "server_error"
+    body = error_body(message, error_type=error_type, code=code)
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Exceptions no handler knows are answered by the request middleware (server/api/middleware.py)."""
+    app.add_exception_handler(ServerError, _on_server_error)
+    app.add_exception_handler(AdapterError, _on_adapter_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)

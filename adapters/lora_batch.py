@@ -48,4 +48,44 @@ class LoRABatch:
         Neighbouring requests with equal single ranges join into one segment when their tokens together number
         at least `min_segment`. None when no token uses an adapter, so that a base-only step runs no LoRA code.
         """
-        raise NotImplementedError
+        if min_segment < 1:
+            raise ValueError(f"min_segment is {min_segment}; a segment has at least one token")
+        num_entries = [len(request) for request in ranges]
+        if not any(num_entries):
+            return None
+        counts = np.asarray(token_counts, dtype=np.int64)  # [num_requests]
+        entries = np.asarray(num_entries, dtype=np.int64)  # [num_requests]
+        token_entries = np.repeat(entries, counts)  # [num_tokens]
+        indptr = np.zeros(len(token_entries) + 1, dtype=np.int32)
+        np.cumsum(token_entries, out=indptr[1:])
+        if indptr[-1] == 0:
+            return None
+        # Entry e of token t is entry e - indptr[t] of its request, whose entries begin at first[request].
+        first = np.cumsum(entries) - entries  # [num_requests]
+        source = np.arange(indptr[-1]) + np.repeat(np.repeat(first, counts) - indptr[:-1], token_entries)  # [nnz]
+        flat = [entry for request in ranges for entry in request]
+        segments = _segments(token_counts, ranges, min_segment)
+        in_rows = token_entries > 0  # [num_tokens]
+        for segment in segments:
+            in_rows[segment.begin : segment.end] = False
+        return cls(
+            indptr=indptr,
+            starts=np.asarray([start for start, _ in flat], dtype=np.int32)[source],
+            weights=np.asarray([weight for _, weight in flat], dtype=np.float32)[source],
+            rows=np.flatnonzero(in_rows).astype(np.int32),
+            segments=segments,
+        )
+
+
+def _segments(token_counts: Sequence[int], ranges: Sequence[RowRanges], min_segment: int) -> tuple[Segment, ...]:
+    """The runs of at least `min_segment` tokens over neighbouring requests with equal single ranges."""
+    found: list[Segment] = []
+    begin = end = 0  # the run under way is [begin, end) and uses `run`
+    run: RowRanges = ()
+    for count, request in zip((*token_counts, 0), (*ranges, None), strict=True):
+        if request != run:
+            if len(run) == 1 and end - begin >= min_segment:
+                found.append(Segment(begin, end, *run[0]))
+            begin, run = end, request or ()
+        end += count
+    return tuple(found)

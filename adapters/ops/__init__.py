@@ -1,0 +1,22 @@
+"""The LoRA operation in its implementations, and the choice between them by device. One implementation per file."""
+
+import importlib
+from importlib.util import find_spec
+from typing import cast
+
+import torch
+
+from adapters.ops import reference
+from adapters.ops.interface import BoundLoRA, LoRAOps
+
+__all__ = ["BoundLoRA", "LoRAOps", "select"]
+
+# numba is looked for, not demanded: the package imports where only torch is installed.
+_CPU = "adapters.ops.cpu" if find_spec("numba") else "adapters.ops.reference"
+
+
+def select(device: torch.device) -> LoRAOps:
+    """The fastest implementation for tensors on `device`; the reference where there is none of its own."""
+    if device.type == "cpu":
+        return cast(LoRAOps, importlib.import_module(_CPU))
+    return reference

@@ -1,20 +1,21 @@
-"""bfloat16 inside numba: the same bytes as uint16, widened and narrowed by intrinsics, so that one kernel serves both dtypes.
+"""bfloat16 inside numba: its bits as uint16, widened and narrowed by intrinsics, so that one kernel serves both dtypes.
 
-numba and numpy know no bfloat16. A bf16 tensor is therefore handed over as its uint16 bits without a copy (`as_numpy`),
-`widen` turns a stored element into float32 and `narrow` turns a float32 back into the element type of an array. Both
-are resolved when numba compiles, so `widen(x[i])` is a plain load for a float32 array. Knows nothing of LoRA.
+numba and numpy know no bfloat16. A bf16 tensor is handed over as its uint16 bits without a copy (`as_numpy`), `widen`
+turns a stored element into float32 and `narrow` turns a float32 back into the element type of an array. Both are
+resolved when numba compiles, so `widen(x[i])` is a plain load for a float32 array. Knows nothing of LoRA.
 """
 
 from typing import Any
 
+import numba.extending
 import numpy as np
 import numpy.typing as npt
 import torch
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
-from numba.extending import intrinsic
 from torch import Tensor
 
+_intrinsic: Any = numba.extending.intrinsic  # its annotation describes the typing function, not the kernel's view
 _I32 = ir.IntType(32)
 _SIXTEEN = ir.Constant(_I32, 16)
 
@@ -31,7 +32,7 @@ def as_numpy(tensor: Tensor) -> npt.NDArray[Any]:
     return (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
 
 
-@intrinsic
+@_intrinsic
 def widen(_typing: Any, element: Any) -> Any:
     """float32 value of one stored element: bf16 bits are the upper half of a float32."""
     if element == types.uint16:
@@ -41,7 +42,7 @@ def widen(_typing: Any, element: Any) -> Any:
     return None
 
 
-@intrinsic
+@_intrinsic
 def narrow(_typing: Any, value: Any, array: Any) -> Any:
     """`value` (float32) as an element of `array`, rounded to nearest even when that is bf16; only its type is used."""
     if value != types.float32 or not isinstance(array, types.Array):
@@ -65,3 +66,13 @@ def _f32_to_bits(_context: Any, builder: Any, _signature: Any, args: Any) -> Any
     magnitude = builder.and_(bits, ir.Constant(_I32, 0x7FFFFFFF))
     is_nan = builder.icmp_unsigned(">", magnitude, ir.Constant(_I32, 0x7F800000))
     return builder.trunc(builder.select(is_nan, ir.Constant(_I32, 0x7FC0), rounded), ir.IntType(16))
+
+
+@_intrinsic
+def pointer(_typing: Any, address: Any) -> Any:
+    """An integer address (Tensor.data_ptr) as void*, for numba.carray: a view that costs nothing to make."""
+    if not isinstance(address, types.Integer):
+        return None
+    return types.voidptr(address), lambda context, builder, _signature, args: builder.inttoptr(
+        args[0], context.get_value_type(types.voidptr)
+    )

@@ -1,0 +1,251 @@
+"""The LoRA operation against float64 loops over ranks, dtypes, adapter popularity, composition and segments."""
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from adapters import ops
+from adapters.lora_batch import LoRABatch, RowRanges
+from adapters.ops import cpu, numba_kernels, reference
+
+IN, OUT, NUM_ADAPTERS, SCALE = 48, 80, 6, 0.2
+IMPLEMENTATIONS = [pytest.param(reference, id="reference"), pytest.param(cpu, id="cpu")]
+DTYPES = [torch.float32, torch.bfloat16]
+POPULARITY = {
+    "distinct": [0, 1, 2, 3, 4, 5],
+    "uniform": [3, 1, 4, 1, 5, 0, 2, 2],
+    "zipf": [0, 0, 0, 1, 0, 2, 0, 1, 0, 3],
+    "identical": [2] * 7,
+}
+
+
+@dataclass
+class Pools:
+    a: Tensor  # [R, IN]
+    b: Tensor  # [R, OUT]
+    ranks: np.ndarray  # [R] int32
+    starts: list[int]
+
+
+def make_pools(rank: int, dtype: torch.dtype, *, seed: int = 0) -> Pools:
+    """NUM_ADAPTERS adapters of `rank`, one unused row between them. Rows outside the adapters are NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    num_rows = NUM_ADAPTERS * (rank + 1)
+    starts = [i * (rank + 1) for i in range(NUM_ADAPTERS)]
+    a = torch.randn(num_rows, IN, generator=generator) * SCALE
+    b = torch.randn(num_rows, OUT, generator=generator) * SCALE
+    a[rank :: rank + 1] = b[rank :: rank + 1] = float("nan")
+    ranks = np.zeros(num_rows, np.int32)
+    ranks[starts] = rank
+    return Pools(a.to(dtype), b.to(dtype), ranks, starts)
+
+
+def make_xy(num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(num_tokens)
+    x = torch.randn(num_tokens, IN, generator=generator).to(dtype)
+    return x, torch.randn(num_tokens, OUT, generator=generator).to(dtype)
+
+
+def expected(pools: Pools, y: Tensor, x: Tensor, token_ranges: list[RowRanges]) -> Tensor:
+    """y[t] + Σ_e weight_e · (x[t] · Aᵀ) · B in float64, [T, OUT]."""
+    out = y.double().clone()
+    for t, ranges in enumerate(token_ranges):
+        for start, weight in ranges:
+            for row in range(start, start + int(pools.ranks[start])):
+                shrunk = float((x[t].double() * pools.a[row].double()).sum())
+                out[t] += weight * shrunk * pools.b[row].double()
+    return out
+
+
+def assert_rounded_once(got: Tensor, want: Tensor) -> None:
+    """Within the error of float32 sums, and half a unit in the last place when `got` is bf16 (8 significant bits)."""
+    limit = 1e-5 * (1 + want.abs())
+    if got.dtype is torch.bfloat16:
+        limit += torch.exp2(torch.frexp(want).exponent.double() - 9)
+    assert (got.double() - want).abs().le(limit).all()
+
+
+def run(ops_module: ModuleType, pools: Pools, y: Tensor, x: Tensor, batch: LoRABatch | None) -> Tensor:
+    assert batch is not None
+    y = y.clone()
+    ops_module.bind(pools.a, pools.b, pools.ranks).add(y, x, batch)
+    return y
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 3, 8, 16, 64])
+@pytest.mark.parametrize("popularity", POPULARITY)
+def test_rows_equal_the_loops(implementation: ModuleType, dtype: torch.dtype, rank: int, popularity: str) -> None:
+    pools = make_pools(rank, dtype)
+    ranges: list[RowRanges] = [((pools.starts[i], 1.0 + 0.25 * i),) for i in POPULARITY[popularity]]
+    ranges[1:1] = [()]  # a base row in the middle
+    x, y = make_xy(len(ranges), dtype)
+    batch = LoRABatch.build([1] * len(ranges), ranges, min_segment=len(ranges) + 1)
+    got = run(implementation, pools, y, x, batch)
+    want = expected(pools, y, x, ranges)
+    assert_rounded_once(got, want)
+    assert torch.equal(got[1].view(torch.uint8), y[1].view(torch.uint8))
+    assert (want - y.double()).abs().amax(1)[0] > 0.1  # the delta is no rounding error
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_composition_sums_with_weights_before_one_rounding(implementation: ModuleType, dtype: torch.dtype) -> None:
+    pools = make_pools(8, dtype)
+    s = pools.starts
+    ranges: list[RowRanges] = [
+        ((s[0], 1.0), (s[1], 1.0)),
+        ((s[2], 0.5), (s[3], -0.75), (s[4], 2.0)),
+        ((s[5], 0.0),),
+        ((s[1], -1.0),),
+        ((s[0], 1.0), (s[0], -1.0)),
+    ]
+    x, y = make_xy(len(ranges), dtype)
+    got = run(implementation, pools, y, x, LoRABatch.build([1] * 5, ranges, min_segment=9))
+    assert_rounded_once(got, expected(pools, y, x, ranges))
+    assert torch.equal(got[2], y[2])  # weight 0
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_adapter_of_rank_0_here_leaves_its_rows_alone(implementation: ModuleType, dtype: torch.dtype) -> None:
+    pools = make_pools(8, dtype)
+    pools.ranks[pools.starts[1]] = 0
+    ranges: list[RowRanges] = [((pools.starts[1], 1.0),), ((pools.starts[0], 1.0), (pools.starts[1], 1.0))]
+    x, y = make_xy(6, dtype)
+    y[:5, 0] = -0.0  # a sum with 0 would turn it into +0.0
+    batch = LoRABatch.build([5, 1], ranges, min_segment=4)
+    assert batch is not None and batch.segments
+    got = run(implementation, pools, y, x, batch)
+    assert torch.equal(got[:5].view(torch.uint8), y[:5].view(torch.uint8))
+    assert_rounded_once(got, expected(pools, y, x, [ranges[0]] * 5 + [ranges[1]]))
+
+
+MIXED: list[tuple[int, list[tuple[int, float]]]] = [
+    (1, [(0, 1.0)]),
+    (1, []),
+    (40, [(1, 1.0)]),
+    (7, [(1, 0.5)]),
+    (33, []),
+    (21, [(2, -1.5)]),
+    (20, [(3, 1.0), (4, 0.5)]),
+    (2, [(5, 1.0)]),
+]
+
+
+def mixed(pools: Pools, min_segment: int) -> tuple[list[RowRanges], LoRABatch]:
+    ranges = [tuple((pools.starts[i], weight) for i, weight in adapters) for _, adapters in MIXED]
+    counts = [count for count, _ in MIXED]
+    batch = LoRABatch.build(counts, ranges, min_segment=min_segment)
+    assert batch is not None
+    return [r for count, r in zip(counts, ranges, strict=True) for _ in range(count)], batch
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rank", [1, 3, 16, 64])
+def test_segments_and_rows_together_in_float32(implementation: ModuleType, rank: int) -> None:
+    pools = make_pools(rank, torch.float32)
+    token_ranges, batch = mixed(pools, min_segment=16)
+    assert len(batch.segments) == 2 and len(batch.rows) == 30
+    x, y = make_xy(len(token_ranges), torch.float32)
+    got = run(implementation, pools, y, x, batch)
+    assert_rounded_once(got, expected(pools, y, x, token_ranges))
+    is_base = torch.tensor([not ranges for ranges in token_ranges])
+    assert torch.equal(got[is_base], y[is_base])
+
+
+def in_bf16_steps(pools: Pools, y: Tensor, x: Tensor, token_ranges: list[RowRanges]) -> Tensor:
+    """What PEFT computes in bf16: every product and sum rounded, [T, OUT]."""
+    out = y.clone()
+    for t, ranges in enumerate(token_ranges):
+        for start, weight in ranges:
+            end = start + int(pools.ranks[start])
+            out[t] = out[t] + (x[t] @ pools.a[start:end].T @ pools.b[start:end]) * weight
+    return out
+
+
+@pytest.mark.parametrize("rank", [1, 3, 16, 64])
+def test_segments_in_bf16_err_at_most_twice_as_much_as_peft(rank: int) -> None:
+    pools = make_pools(rank, torch.bfloat16)
+    token_ranges, batch = mixed(pools, min_segment=16)
+    x, y = make_xy(len(token_ranges), torch.bfloat16)
+    want = expected(pools, y, x, token_ranges)
+    is_base = torch.tensor([not ranges for ranges in token_ranges])
+    got = run(cpu, pools, y, x, batch)
+    ours = (got.double() - want)[~is_base].norm()
+    peft = (in_bf16_steps(pools, y, x, token_ranges).double() - want)[~is_base].norm()
+    assert ours <= 2 * peft
+    assert torch.equal(got[is_base].view(torch.int16), y[is_base].view(torch.int16))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["packed", "slice of a fused tensor", "transposed", "one row for all"])
+def test_layouts_of_x(implementation: ModuleType, dtype: torch.dtype, layout: str) -> None:
+    pools = make_pools(8, dtype)
+    ranges: list[RowRanges] = [((pools.starts[0], 1.0),), (), ((pools.starts[1], 1.0),)]
+    counts = [5, 1, 20]
+    x, y = make_xy(26, dtype)
+    strided = {
+        "packed": x.unsqueeze(0),
+        "slice of a fused tensor": torch.cat([x, x + 1], dim=1).unsqueeze(0)[..., :IN],
+        "transposed": x.T.contiguous().T,
+        "one row for all": x[:1].expand(26, IN),
+    }[layout]
+    batch = LoRABatch.build(counts, ranges, min_segment=16)
+    got = run(implementation, pools, y.unsqueeze(0), strided, batch)[0]
+    plain = run(implementation, pools, y, strided.reshape(26, IN).contiguous(), batch)
+    assert torch.equal(got, plain)
+
+
+def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row belongs to one thread, so their number cannot show."""
+    pools = make_pools(16, torch.bfloat16)
+    ranges: list[RowRanges] = [((pools.starts[i % NUM_ADAPTERS], 1.0),) for i in range(101)]
+    x, y = make_xy(101, torch.bfloat16)
+    batch = LoRABatch.build([1] * 101, ranges, min_segment=999)
+    monkeypatch.setattr(cpu, "available_threads", lambda: 1)
+    serial = run(cpu, pools, y, x, batch)
+    wanted = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        monkeypatch.setattr(cpu, "available_threads", numba_kernels.available_threads)
+        assert torch.equal(run(cpu, pools, y, x, batch), serial)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(wanted)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_batch_of_other_tokens_is_refused_and_y_kept(implementation: ModuleType) -> None:
+    pools = make_pools(4, torch.float32)
+    x, y = make_xy(3, torch.float32)
+    before = y.clone()
+    batch = LoRABatch.build([1, 1], [((0, 1.0),), ()], min_segment=2)
+    assert batch is not None
+    with pytest.raises(RuntimeError, match="LoRA batch of 2 tokens met x"):
+        implementation.bind(pools.a, pools.b, pools.ranks).add(y, x, batch)
+    assert torch.equal(y, before)
+
+
+def test_cpu_refuses_what_it_cannot_read() -> None:
+    pools = make_pools(4, torch.float32)
+    with pytest.raises(ValueError, match="float16"):
+        cpu.bind(pools.a.half(), pools.b.half(), pools.ranks)
+    with pytest.raises(ValueError, match="contiguous"):
+        cpu.bind(pools.a.T.contiguous().T, pools.b, pools.ranks)
+    x, y = make_xy(1, torch.float32)
+    batch = LoRABatch.build([1], [((0, 1.0),)], min_segment=2)
+    assert batch is not None
+    with pytest.raises(RuntimeError, match="bfloat16"):
+        cpu.bind(pools.a, pools.b, pools.ranks).add(y, x.bfloat16(), batch)
+
+
+def test_select_takes_the_kernels_on_cpu_and_the_reference_elsewhere() -> None:
+    assert ops.select(torch.device("cpu")) is cpu
+    assert ops.select(torch.device("meta")) is reference

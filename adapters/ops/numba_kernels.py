@@ -38,6 +38,13 @@ def entry_point(dispatcher: Any, signature: tuple[Any, ...]) -> Callable[..., No
     return function
 
 
+class _CallingThread(threading.local):
+    num_threads: int | None = None
+
+
+_calling_thread = _CallingThread()
+
+
 def available_threads() -> int:
     """How many threads parallel kernels may use: torch's number, or 1 where OpenMP is missing."""
     config: Any = numba.config  # its names are made when numba is imported
@@ -47,16 +54,9 @@ def available_threads() -> int:
         return 1
     if str(config.THREADING_LAYER) == "default":
         config.THREADING_LAYER = "omp"
-    numba.set_num_threads(num_threads)
+    use_threads(num_threads)
     torch.set_num_threads(wanted)  # starting the layer wrote numba's own count into the pool it shares with torch
     return num_threads
-
-
-class _CallingThread(threading.local):
-    num_threads: int | None = None
-
-
-_calling_thread = _CallingThread()
 
 
 def use_threads(num_threads: int) -> None:

@@ -1,5 +1,8 @@
 """The LoRA operation against float64 loops over ranks, dtypes, adapter popularity, composition and segments."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -219,6 +222,34 @@ def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(wanted)
+
+
+THREADS_PROGRAM = """
+import numpy, torch, threading
+torch.set_num_threads(2)
+import numba
+from adapters.lora_batch import LoRABatch
+from adapters.ops import cpu
+ranks = numpy.array([1], numpy.int32)
+bound = cpu.bind(torch.ones(1, 4096), torch.ones(1, 4096), ranks)
+batch = LoRABatch.build([1] * 8, [((0, 1.0),)] * 8, min_segment=9)
+seen = []
+def step():
+    y = torch.zeros(8, 4096)
+    bound.add(y, torch.ones(8, 4096), batch)
+    seen.append((torch.get_num_threads(), numba.get_num_threads(), numba.threading_layer(), float(y.min())))
+step()
+thread = threading.Thread(target=step)
+thread.start(), thread.join()
+print(seen[0] == seen[1], *seen[0])
+"""
+
+
+def test_numba_leaves_torch_its_threads_and_takes_as_many() -> None:
+    """numba's layer starts with its own count, here 4, and writes it into the OpenMP pool it shares with torch."""
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "4"}
+    ran = subprocess.run([sys.executable, "-c", THREADS_PROGRAM], env=environment, capture_output=True, text=True)
+    assert ran.stdout.split() == ["True", "2", "2", "omp", "4096.0"], ran.stderr
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -1,0 +1,48 @@
+"""The command `loramux`: finds the command, turns what it raises into one line and a status.
+
+Exit status: 0 done, 1 refused or failed, 2 mistyped. Every flag has an environment name: --max-num-seqs is
+LORAMUX_MAX_NUM_SEQS. Commands are imported when they are called, so that `loramux adapters ls` does not wait for torch.
+"""
+
+import sys
+from importlib.metadata import version
+
+from cyclopts import App, CycloptsError
+from cyclopts.config import Env
+from rich.console import Console
+
+from server import process_start as process_start  # first of the heavy chain: notes the time
+from server.cli_failure import CommandFailed
+
+app = App(
+    name="loramux",
+    help="Serve many LoRA adapters, unmerged, on one resident base model.",
+    version=lambda: version("loramux"),
+    config=Env("LORAMUX_", command=False),
+)
+app.command(
+    "server.cli_serve:serve_command", name="serve", help="Serve MODEL and its adapters over HTTP until SIGTERM."
+)
+app.command("server.cli_check:check_command", name="check", help="Say whether the adapter in FOLDER would be served.")
+adapters_app = App(name="adapters", help="List, load and unload the adapters of a running server.")
+app.command(adapters_app)
+adapters_app.command("server.cli_adapters:list_command", name="ls", help="Show the adapters a server has.")
+adapters_app.command("server.cli_adapters:load_command", name="load", help="Load an adapter into a running server.")
+adapters_app.command("server.cli_adapters:unload_command", name="unload", help="Take an adapter's name away.")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the command; ends the process with the status."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command; its exit status."""
+    try:
+        status = app(arguments, exit_on_error=False, result_action="return_value")
+    except CycloptsError:
+        return 2
+    except CommandFailed as error:
+        Console(stderr=True).print(f"loramux: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    return status if isinstance(status, int) else 0

@@ -1,0 +1,110 @@
+"""`loramux check`: would the server take this adapter? The loader's own verdict, without a server and without weights.
+
+The base is built on the meta device, so only its config is read. Prints; decides nothing the loader does not decide.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from cyclopts import Parameter
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from adapters.checkpoint import CheckpointLimits, LoadedAdapter, load_lora_model
+from adapters.errors import AdapterError, AdapterRefused
+from adapters.module_names import BaseModules, linears_of
+from server.cli_failure import CommandFailed
+from server.cli_options import Count
+from server.config import LoRALimits
+from server.default_model import ModelUnavailable, resolve_model
+from server.memory_size import format_memory
+
+_LIMITS = LoRALimits()
+
+
+def check_command(
+    folder: Path,
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    max_lora_rank: Count = _LIMITS.max_lora_rank,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> int:
+    """Say whether the adapter in FOLDER would be served, and if not, why and what to do. Needs no server.
+
+    Parameters
+    ----------
+    folder
+        A PEFT adapter: adapter_config.json beside safetensors.
+    model
+        The base it is for, a folder or a hub id; the installed default if unset.
+    revision
+        Branch, tag or commit of a hub model.
+    max_lora_rank
+        The server's limit.
+    as_json
+        Print the verdict as one line of JSON.
+    """
+    try:
+        resolved = resolve_model(model, revision, notify=Console(stderr=True).print)
+    except ModelUnavailable as error:
+        raise CommandFailed(str(error)) from error
+    limits = CheckpointLimits(max_lora_rank=max_lora_rank, max_adapter_bytes=_LIMITS.max_adapter_bytes)
+    return check_adapter(folder, resolved.folder, limits, as_json=as_json, console=Console())
+
+
+def check_adapter(
+    folder: Path, model_folder: Path, limits: CheckpointLimits, *, as_json: bool, console: Console
+) -> int:
+    """Print the verdict on `folder` against the base in `model_folder`; 0 = it would be served, 1 = refused."""
+    base, dtype = outline(model_folder)
+    try:
+        loaded = load_lora_model(folder, base, limits=limits, dtype=dtype)
+    except AdapterError as error:
+        _print_refusal(error, folder, as_json, console)
+        return 1
+    _print_verdict(loaded, folder, base, as_json, console)
+    return 0
+
+
+def outline(model_folder: Path) -> tuple[BaseModules, torch.dtype]:
+    """The linears of the model in `model_folder` and the dtype it computes in, from its config alone."""
+    config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return linears_of(model), torch.float32 if config.dtype in (None, torch.float32) else torch.bfloat16
+
+
+def _print_verdict(loaded: LoadedAdapter, folder: Path, base: BaseModules, as_json: bool, console: Console) -> None:
+    report = loaded.report
+    if as_json:
+        print(json.dumps({"served": True, "version": loaded.model.version, **report.to_dict()}))
+        return
+    modules = ", ".join(f"{kind} x {count}" for kind, count in report.modules.items())
+    lines = [
+        f"{folder} would be served on {base.model_type}",
+        f"  version   {loaded.model.version}",
+        f"  modules   {report.num_modules} of {len(base.linears)}: {modules}",
+        f"  rank      {report.lora_rank}, {report.num_params:,} parameters, {format_memory(report.num_bytes)}",
+        f"  features  {', '.join(report.features) or 'plain LoRA'}",
+        *(f"  warning   {warning}" for warning in report.warnings),
+    ]
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_refusal(error: AdapterError, folder: Path, as_json: bool, console: Console) -> None:
+    refused = error if isinstance(error, AdapterRefused) else None
+    if as_json:
+        details = {"feature": refused.feature, "tensor": refused.tensor, "fix": refused.fix} if refused else {}
+        why = refused.why if refused else str(error)
+        print(json.dumps({"served": False, "code": error.code, "why": why, **details}))
+        return
+    lines = [f"{folder} is refused: {error.code}"]
+    if refused is None:
+        lines.append(f"  why  {error}")
+    else:
+        at = refused.tensor or refused.feature
+        lines += [f"  why  {refused.why}", *([f"  at   {at}"] if at else []), f"  fix  {refused.fix}"]
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

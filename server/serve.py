@@ -1,0 +1,211 @@
+"""Puts the server together and takes it down: model, engine thread, adapters, application, sockets, signals.
+
+The order matters: the port is taken before the model is read, adapters are loaded before the first request is, and on
+SIGTERM requests end before connections do. Knows every part, does no work of its own.
+"""
+
+import asyncio
+import signal
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import uvicorn
+from rich.console import Console
+
+from adapters.adapter_ref import AdapterRef
+from adapters.checkpoint import CheckpointLimits, load_lora_model
+from adapters.errors import AdapterError
+from server import process_start, startup_panel
+from server.adapter_service import AdapterService
+from server.api.app import create_app
+from server.api.auth import check_binding
+from server.api.context import ServerContext
+from server.async_engine import AsyncEngine
+from server.config import HTTPConfig, ServerConfig
+from server.default_model import ResolvedModel, resolve_model
+from server.engine.base_model import load_base_model
+from server.engine.engine import Engine
+from server.metrics import Metrics
+from server.tokenizer import Tokenizer
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_FLUSH_SECONDS = 5  # for replies already written by the application to reach their clients
+
+
+class StartupRefused(Exception):
+    """The server cannot start as asked; the message says why and what to change."""
+
+
+def serve(config: ServerConfig, console: Console) -> None:
+    """Serve until SIGTERM or SIGINT. Raises StartupRefused, ModelUnavailable, ModelRefused."""
+    try:
+        check_binding(config.http)
+    except ValueError as error:
+        raise StartupRefused(str(error)) from error
+    with _bound_socket(config.http) as sock:
+        model = config.engine.model
+        resolved = resolve_model(model.model, model.revision, notify=console.print)
+        base = load_base_model(resolved.folder, resolved.name, model)
+        engine = Engine(config.engine, base)
+        tokenizer = Tokenizer.load(resolved.folder)
+        asyncio.run(_Running(config, resolved, engine, tokenizer, sock, console).run())
+
+
+class _Running:
+    """One server from its first event-loop tick to its last."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        resolved: ResolvedModel,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        sock: socket.socket,
+        console: Console,
+    ) -> None:
+        self.config = config
+        self.names = config.served_model_names or (resolved.name,)
+        self.ready_engine = engine
+        self.tokenizer = tokenizer
+        self.sock = sock
+        self.console = console
+
+    async def run(self) -> None:
+        """Start every part, serve, and leave nothing running."""
+        engine = AsyncEngine(self.ready_engine, self.config.engine.scheduler)
+        engine.start()
+        try:
+            context = self._context(engine)
+            refs = await _load_adapters(context.adapters, self.config.lora_modules)
+            server = _QuietServer(_uvicorn_config(self.config.http, context))
+            stop = _stop_events()
+            serving = asyncio.create_task(server.serve(sockets=[self.sock]))
+            await _until_started(server, serving)
+            self._announce(engine, refs)
+            await asyncio.wait({serving, asyncio.create_task(stop[0].wait())}, return_when=asyncio.FIRST_COMPLETED)
+            await _drain(engine, self.config.http.shutdown_timeout, stop[1], self.console)
+            server.should_exit = True
+            await serving
+        finally:
+            await engine.drain(0)
+
+    def _context(self, engine: AsyncEngine) -> ServerContext:
+        metrics = Metrics(self.names[0], max_adapters=self.config.http.metrics_adapters)
+        engine.add_observer(metrics.observe_step)
+        lora = self.config.engine.lora
+        limits = CheckpointLimits(max_lora_rank=lora.max_lora_rank, max_adapter_bytes=lora.max_adapter_bytes)
+        read = partial(load_lora_model, base=engine.info.base, limits=limits, dtype=engine.info.dtype)
+        adapters = AdapterService(
+            engine,
+            read,
+            metrics,
+            base_names=self.names,
+            lora_rows=engine.info.memory.lora_rows,
+            max_loras=lora.max_loras,
+        )
+        return ServerContext(
+            engine=engine,
+            tokenizer=self.tokenizer,
+            adapters=adapters,
+            metrics=metrics,
+            config=self.config,
+            model_name=self.names[0],
+        )
+
+    def _announce(self, engine: AsyncEngine, refs: Sequence[AdapterRef]) -> None:
+        host, port = self.sock.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        started = startup_panel.Started(
+            config=self.config,
+            info=engine.info,
+            model_name=self.names[0],
+            adapters=refs,
+            url=f"http://{shown}:{port}",
+            seconds=time.monotonic() - process_start.BEGAN,
+        )
+        startup_panel.show(started, self.console)
+
+
+class _QuietServer(uvicorn.Server):
+    """uvicorn, with the signals left to us: it would close connections before their requests are done."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _uvicorn_config(http: HTTPConfig, context: ServerContext) -> uvicorn.Config:
+    return uvicorn.Config(
+        create_app(context),
+        http="h11",
+        ws="none",
+        lifespan="off",
+        h11_max_incomplete_event_size=http.max_header_bytes,
+        timeout_graceful_shutdown=_FLUSH_SECONDS,
+        access_log=False,
+        server_header=False,
+        log_level="warning",
+    )
+
+
+@contextmanager
+def _bound_socket(http: HTTPConfig) -> Iterator[socket.socket]:
+    """Take the port before anything slow happens. Not yet listening, so that clients are refused, not kept waiting."""
+    family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((http.host.strip("[]"), http.port))
+        except OSError as error:
+            raise StartupRefused(
+                f"cannot bind {http.host}:{http.port} ({error.strerror or error}); choose another with --port or --host"
+            ) from error
+        yield sock
+
+
+async def _load_adapters(service: AdapterService, modules: Sequence[tuple[str, Path]]) -> list[AdapterRef]:
+    """Load every adapter named at start; one that is refused stops the start, as a server without it would mislead."""
+    refs = []
+    for name, folder in modules:
+        try:
+            refs.append(await service.load(name, str(folder)))
+        except AdapterError as error:
+            raise StartupRefused(f"adapter {name!r} from {folder} cannot be served: {error}") from error
+    return refs
+
+
+async def _until_started(server: uvicorn.Server, serving: "asyncio.Task[None]") -> None:
+    while not server.started:
+        if serving.done():
+            serving.result()
+            raise StartupRefused("the HTTP server ended before it started")
+        await asyncio.sleep(0.01)
+
+
+def _stop_events() -> tuple[asyncio.Event, asyncio.Event]:
+    """Set by the first and by the second SIGTERM or SIGINT."""
+    first, second = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (second if first.is_set() else first).set()
+
+    for each in _SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(each, on_signal)
+    return first, second
+
+
+async def _drain(engine: AsyncEngine, timeout: float, at_once: asyncio.Event, console: Console) -> None:
+    """Let running requests finish within `timeout` seconds; a second signal ends them at once."""
+    if engine.num_live:
+        console.print(f"Finishing {engine.num_live} requests within {timeout:g} s; signal again to end them now")
+    draining = asyncio.create_task(engine.drain(timeout))
+    hurried = asyncio.create_task(at_once.wait())
+    await asyncio.wait({draining, hurried}, return_when=asyncio.FIRST_COMPLETED)
+    hurried.cancel()
+    if not draining.done():
+        await engine.drain(0)
+    await draining

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from adapters.adapter_ref import AdapterVersion
 from adapters.lora_batch import LoRABatch
 from adapters.lora_model import LoRAModel, LoRAWeights
 from adapters.module_names import BaseModules, LinearShape
@@ -82,7 +83,7 @@ class LoRALayers:
         self.num_rows = num_rows
         self._shapes = base.linears
         self._step = Step()
-        self._lengths: dict[int, int] = {}  # first row → rows of each adapter written
+        self._written: dict[int, LoRAModel] = {}  # first row → the adapter whose numbers stand there
         self._modules = {name: self._pools(linear, base.linears[name], ops) for name, linear in linears.items()}
         for name, linear in linears.items():  # nothing can fail from here on, so no model is left half swapped
             linear.__dict__.pop("forward", None)
@@ -104,15 +105,20 @@ class LoRALayers:
         self.clear(start, model.lora_rank)
         for name, weights in model.modules.items():
             self._modules[name].write(start, weights)
-        self._lengths[start] = model.lora_rank
+        self._written[start] = model
+
+    def version_at(self, start: int) -> AdapterVersion | None:
+        """Whose numbers begin at pool row `start`; None when nobody's do."""
+        model = self._written.get(start)
+        return None if model is None else model.version
 
     def clear(self, start: int, length: int) -> None:
         """Forget every adapter that has a row in [start, start + length). Its numbers stay but are not read again."""
         end = start + length
-        for first in [first for first, rows in self._lengths.items() if first < end and start < first + rows]:
+        for first in [f for f, model in self._written.items() if f < end and start < f + model.lora_rank]:
             for lora in self._modules.values():
                 lora.clear(first)
-            del self._lengths[first]
+            del self._written[first]
 
     @contextmanager
     def applying(self, batch: LoRABatch | None) -> Iterator[None]:
@@ -128,15 +134,16 @@ class LoRALayers:
     def check_integrity(self) -> None:
         """Ranges are disjoint and inside the pools; a module has ranks only where an adapter starts."""
         end = 0
-        for start, length in sorted(self._lengths.items()):
+        for start, model in sorted(self._written.items()):
             assert start >= end, f"row {start} belongs to two adapters"
-            end = start + length
+            end = start + model.lora_rank
         assert end <= self.num_rows, f"an adapter ends at row {end} of {self.num_rows}"
         for name, lora in self._modules.items():
             starts = np.flatnonzero(lora.ranks)
             assert lora.num_targeting == len(starts), f"{name} counts {lora.num_targeting} adapters of {len(starts)}"
             for start in starts.tolist():
-                assert lora.ranks[start] <= self._lengths.get(start, 0), f"{name} has a rank at row {start}"
+                assert start in self._written, f"{name} has a rank at row {start}, where no adapter begins"
+                assert lora.ranks[start] <= self._written[start].lora_rank, f"{name} has a rank too wide at row {start}"
 
     def _check(self, start: int, model: LoRAModel) -> None:
         if start < 0 or start + model.lora_rank > self.num_rows:

@@ -1,0 +1,82 @@
+"""Where each adapter version stands: in host memory, and this step perhaps in a row range of the device pools.
+
+Joins the host cache (bytes), the row-range pool (integers) and the swapped layers (tensors) so that the three
+cannot disagree. The scheduler pins what a step needs; the engine activates it before the forward pass.
+"""
+
+from adapters.adapter_ref import AdapterUse, AdapterVersion
+from adapters.host_cache import HostCache
+from adapters.lora_batch import RowRanges
+from adapters.lora_layers import LoRALayers
+from adapters.lora_model import LoRAModel
+from adapters.row_range_pool import RowRangePool
+
+
+class AdapterResidency:
+    def __init__(self, host: HostCache, pool: RowRangePool, layers: LoRALayers) -> None:
+        self.host = host
+        self.pool = pool
+        self.layers = layers
+
+    @property
+    def active_versions(self) -> tuple[AdapterVersion, ...]:
+        """Versions with a row range in the device pools."""
+        return self.pool.versions
+
+    def load(self, model: LoRAModel) -> None:
+        """Take a checked adapter into host memory; AdapterCapacity when it does not fit, nothing changed then."""
+        self.host.put(model)
+
+    def unload(self, version: AdapterVersion) -> None:
+        """Forget a version everywhere. The caller holds that no request uses it any more."""
+        self.host.drop(version)
+        self._deactivate(version)
+
+    def model(self, version: AdapterVersion) -> LoRAModel:
+        """KeyError when the version is not in host memory: whoever holds a lease must find it."""
+        model = self.host.get(version)
+        if model is None:
+            raise KeyError(f"adapter version {version} is not loaded")
+        return model
+
+    def begin_step(self) -> None:
+        self.pool.begin_step()
+
+    def pin(self, uses: tuple[AdapterUse, ...]) -> bool:
+        """Make every adapter of a request resident for this step; False when the pools have no room left for them."""
+        return all(self.pool.pin(use.version, self.model(use.version).lora_rank) for use in uses)
+
+    def activate(self) -> None:
+        """Copy what was pinned but is not yet in the pools; after the last pin, before every forward pass."""
+        pending = self.pool.take_pending()
+        try:
+            for version, row_range in pending:
+                self.layers.write(row_range.start, self.model(version))
+        except BaseException:
+            for version, _ in pending:  # a range that is held but not written would serve another adapter's numbers
+                self._deactivate(version)
+            raise
+
+    def row_ranges(self, uses: tuple[AdapterUse, ...]) -> RowRanges:
+        """The pool rows of an activated request's adapters; a weight of 0 costs nothing."""
+        return tuple((self._start_of(use.version), use.weight) for use in uses if use.weight != 0.0)
+
+    def _start_of(self, version: AdapterVersion) -> int:
+        """The seam where a row could meet another adapter's numbers: its range must be the one last written for it."""
+        start = self.pool.range_of(version).start
+        if self.layers.version_at(start) != version:
+            raise RuntimeError(f"pool row {start} is not version {version}'s: activate after the last pin of a step")
+        return start
+
+    def _deactivate(self, version: AdapterVersion) -> None:
+        freed = self.pool.drop(version)
+        if freed is not None:
+            self.layers.clear(freed.start, freed.length)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless host memory, row ranges and pools tell the same story."""
+        self.host.check_integrity()
+        self.pool.check_integrity()
+        self.layers.check_integrity()
+        strangers = [version for version in self.pool.versions if version not in self.host]
+        assert not strangers, f"row ranges held by versions no longer in host memory: {strangers}"

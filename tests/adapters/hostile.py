@@ -228,7 +228,7 @@ def header_longer_than_the_file(d: Draft) -> None:
 @hostile(Code.TOO_LARGE, "over the limit of 4194304")
 def giant_header(d: Draft) -> None:
     d.write()
-    write_raw(d.folder / WEIGHTS, b"{" + b" " * (64 << 20) + b"}", b"")
+    write_raw(d.folder / WEIGHTS, b"{" + b" " * (5 << 20) + b"}", b"")
 
 
 @hostile(Code.TOO_LARGE, "over the limit of 16384")

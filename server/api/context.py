@@ -37,8 +37,6 @@ class EngineInfo(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def eos_token_ids(self) -> frozenset[int]: ...
-    @property
-    def dtype(self) -> str: ...
 
 
 class EngineClient(Protocol):
@@ -51,7 +49,7 @@ class EngineClient(Protocol):
     @property
     def is_healthy(self) -> bool: ...
 
-    async def admit(self, requests: Sequence[Request]) -> Sequence[RequestStream]:
+    def admit(self, requests: Sequence[Request]) -> Sequence[RequestStream]:
         """Admit all or none; raise QueueFull or Unavailable."""
 
     def add_observer(self, observer: Callable[[EngineStats], None]) -> None: ...

@@ -11,9 +11,10 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
-from adapters.errors import AdapterError, AdapterNotFound
+from adapters.errors import AdapterError
+from server.api.disconnect import ClientGone
 from server.errors import BadRequest, ServerError
 
 INTERNAL_ERROR_MESSAGE = "The server had an error while processing your request; its id is in the header x-request-id."
@@ -32,16 +33,29 @@ def server_error_body(error: ServerError) -> dict[str, Any]:
     return error_body(error.message, error_type=error.error_type, param=error.param, code=error.code)
 
 
-def error_response(error: ServerError) -> JSONResponse:
+def error_response(request: Request, error: ServerError) -> JSONResponse:
     headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
     if error.status >= 500 and error.retry_after is None:
         headers["x-should-retry"] = "false"  # a request that broke a step should not be replayed by an SDK
-    return JSONResponse(server_error_body(error), status_code=error.status, headers=headers)
+    return _reply(request, error.status, server_error_body(error), headers)
 
 
-def internal_error_response() -> JSONResponse:
+def internal_error_response(request: Request) -> JSONResponse:
+    """For an exception nobody foresaw: a fixed text, so that nothing of it reaches the client."""
     body = error_body(INTERNAL_ERROR_MESSAGE, error_type="server_error", code="internal_error")
-    return JSONResponse(body, status_code=500, headers={"x-should-retry": "false"})
+    return _reply(request, 500, body, {"x-should-retry": "false"})
+
+
+def header_limit_response(request: Request, max_bytes: int) -> JSONResponse:
+    message = f"The request line and headers are larger than {max_bytes} bytes, the limit of this server."
+    return _reply(request, 431, error_body(message, error_type="invalid_request_error", code="headers_too_large"))
+
+
+def _reply(
+    request: Request, status: int, body: dict[str, Any], headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    request.app.state.context.metrics.error(status, body["error"]["code"])
+    return JSONResponse(body, status_code=status, headers=headers)
 
 
 def validation_error(errors: Sequence[Mapping[str, Any]]) -> BadRequest:
@@ -62,29 +76,31 @@ def _field_path(loc: Sequence[str | int]) -> str:
     return ".".join(parts)
 
 
-async def _on_server_error(_request: Request, error: Exception) -> JSONResponse:
+async def _on_server_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServerError)
-    return error_response(error)
+    return error_response(request, error)
 
 
-async def _on_adapter_error(_request: Request, error: Exception) -> JSONResponse:
+async def _on_adapter_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, AdapterError)
-    param = "model" if isinstance(error, AdapterNotFound) else None
-    body = error_body(str(error), error_type="invalid_request_error", param=param, code=error.code)
-    return JSONResponse(body, status_code=error.status)
+    body = error_body(str(error), error_type="invalid_request_error", code=error.code)
+    return _reply(request, error.status, body)
 
 
-async def _on_validation_error(_request: Request, error: Exception) -> JSONResponse:
+async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return error_response(validation_error(error.errors()))
+    return error_response(request, validation_error(error.errors()))
 
 
-async def _on_http_exception(_request: Request, error: Exception) -> JSONResponse:
+async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code, message = _STATUS_ERRORS.get(error.status_code, (None, error.detail))
     error_type = "invalid_request_error" if error.status_code < 500 else "server_error"
-    body = error_body(message, error_type=error_type, code=code)
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+    return _reply(request, error.status_code, error_body(message, error_type=error_type, code=code), error.headers)
+
+
+async def _on_client_gone(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=499)  # nginx's number; it is read by logs only
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -93,3 +109,4 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(AdapterError, _on_adapter_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(ClientGone, _on_client_gone)

@@ -1,0 +1,126 @@
+"""POST /v1/chat/completions: messages through the model's own template; whole or streamed.
+
+Knows nothing of scheduling or sampling: it validates, encodes, and writes what server/api/generation.py yields.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+from starlette.responses import JSONResponse, Response
+
+from server.api.auth import Role, role_router
+from server.api.context import ServerContext, server_context
+from server.api.disconnect import run_while_connected
+from server.api.generation import (
+    ChoiceDelta,
+    ChoiceResult,
+    Generation,
+    GenerationSpec,
+    Prompt,
+    collect,
+    start_generation,
+)
+from server.api.protocol import ChatRequest
+from server.api.replies import Envelope, adapter_headers, chat_logprobs, usage_body
+from server.api.sampling import check_choices, max_tokens_within, sampling_params
+from server.api.sse import SSEResponse
+from server.errors import BadRequest
+
+router = role_router(Role.INFERENCE)
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(
+    body: ChatRequest, request: Request, context: Annotated[ServerContext, Depends(server_context)]
+) -> Response:
+    check_choices(body.n, context.config.http.max_n)
+    generation = await start_generation(context, body.model, lambda: _prepare(context, body))
+    kind = "chat.completion.chunk" if body.stream else "chat.completion"
+    envelope = Envelope.new(context, prefix="chatcmpl", kind=kind, model=body.model)
+    writer = _Writer(context, body, generation, envelope)
+    headers = adapter_headers(generation)
+    if body.stream:
+        return SSEResponse(writer.chunks(), close=generation.close, headers=headers)
+    try:
+        results = await run_while_connected(request.receive, collect(generation))
+    finally:
+        generation.close()
+    return JSONResponse(writer.reply(results), headers=headers)
+
+
+async def _prepare(context: ServerContext, body: ChatRequest) -> GenerationSpec:
+    token_ids = await asyncio.to_thread(
+        context.tokenizer.apply_chat_template,
+        [message.for_template() for message in body.messages],
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        chat_template_kwargs=body.chat_template_kwargs,
+    )
+    if not token_ids:
+        raise BadRequest("The chat template made an empty prompt of 'messages'.", param="messages")
+    info = context.engine.info
+    max_tokens = max_tokens_within(info, len(token_ids), asked=body.max_new_tokens, default=None)
+    params = sampling_params(body, info, max_tokens=max_tokens, logprobs=body.num_logprobs, prompt_logprobs=None)
+    return GenerationSpec(
+        prompts=(Prompt(tuple(token_ids), params),),
+        n=body.n,
+        seed=body.seed,
+        stop=tuple(body.stop),
+        include_stop=body.include_stop_str_in_output,
+        skip_special_tokens=body.skip_special_tokens,
+        ignore_eos=body.ignore_eos,
+    )
+
+
+class _Writer:
+    """Writes one request's choices, whole or as chunks."""
+
+    def __init__(self, context: ServerContext, body: ChatRequest, generation: Generation, envelope: Envelope) -> None:
+        self._tokenizer = context.tokenizer
+        self._body = body
+        self._generation = generation
+        self._envelope = envelope
+
+    def reply(self, results: list[ChoiceResult]) -> dict[str, Any]:
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": result.text, "refusal": None},
+                "logprobs": chat_logprobs(self._tokenizer, result.logprobs) if self._body.logprobs else None,
+                "finish_reason": result.finish_reason,
+                **self._token_ids(tuple(result.token_ids)),
+            }
+            for index, result in enumerate(results)
+        ]
+        return self._envelope.wrap(choices, usage=usage_body(self._generation.usage), **self._prompt_ids())
+
+    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+        usage: dict[str, Any] = {"usage": None} if self._body.includes_usage else {}
+        for choice in self._generation.choices:
+            opening = {"index": choice.index, "delta": {"role": "assistant", "content": ""}}
+            yield self._envelope.wrap([{**opening, "logprobs": None, "finish_reason": None}], **usage)
+        async for delta in self._generation.deltas():
+            if delta.text or delta.finish_reason or delta.logprobs or self._body.return_token_ids:
+                yield self._envelope.wrap([self._chunk_choice(delta)], **usage)
+        if self._body.includes_usage:
+            yield self._envelope.wrap([], usage=usage_body(self._generation.usage))
+
+    def _chunk_choice(self, delta: ChoiceDelta) -> dict[str, Any]:
+        has_logprobs = self._body.logprobs and delta.logprobs
+        return {
+            "index": delta.index,
+            "delta": {"content": delta.text} if delta.text else {},
+            "logprobs": chat_logprobs(self._tokenizer, delta.logprobs) if has_logprobs else None,
+            "finish_reason": delta.finish_reason,
+            **self._token_ids(delta.token_ids),
+        }
+
+    def _token_ids(self, token_ids: tuple[int, ...]) -> dict[str, Any]:
+        return {"token_ids": list(token_ids)} if self._body.return_token_ids else {}
+
+    def _prompt_ids(self) -> dict[str, Any]:
+        if not self._body.return_token_ids:
+            return {}
+        return {"prompt_token_ids": list(self._generation.spec.prompts[0].token_ids)}

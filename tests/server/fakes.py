@@ -1,12 +1,28 @@
-"""Small real tokenizers, built here so that no test needs a model's files."""
+"""Small real tokenizers, built here so that no test needs a model's files, and an engine that only keeps adapters."""
 
+import asyncio
 from functools import cache
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from adapters.adapter_ref import AdapterVersion
+from adapters.host_cache import HostCache
+from adapters.lora_model import LoRAModel
+from adapters.module_names import BaseModules, LinearShape
+from server.engine.request import EngineStats
+from server.errors import ServerError
 from server.tokenizer import Tokenizer
+
+TINY_BASE = BaseModules(
+    "llama",
+    {
+        f"model.layers.{layer}.self_attn.{kind}": LinearShape(8, 8 if kind == "q_proj" else 4)
+        for layer in range(2)
+        for kind in ("q_proj", "v_proj")
+    },
+)
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. the the the stop stop stopping END ENDING",
@@ -66,3 +82,35 @@ def byte_fallback_tokenizer() -> Tokenizer:
 def slow_tokenizer() -> Tokenizer:
     """Written in Python: one id a byte."""
     return Tokenizer(ByT5Tokenizer(extra_ids=0))
+
+
+class FakeAdapterEngine:
+    """The adapter side of an engine: a real host cache behind an inbox that answers in order, a little later.
+
+    `refuse` fails the next loads, `dead` everything. `events` is what the engine did, in order.
+    """
+
+    def __init__(self, max_bytes: int = 1 << 20) -> None:
+        self.host = HostCache(max_bytes)
+        self.stats = EngineStats()
+        self.events: list[tuple[str, str]] = []
+        self.refuse: Exception | None = None
+        self.dead: ServerError | None = None
+        self._inbox = asyncio.Lock()  # hands itself on in the order of asking
+
+    async def load_adapter(self, model: LoRAModel) -> None:
+        async with self._inbox:
+            await asyncio.sleep(0)
+            for error in (self.dead, self.refuse):
+                if error is not None:
+                    raise error
+            self.host.put(model)
+            self.events.append(("load", model.version))
+
+    async def unload_adapter(self, version: AdapterVersion) -> None:
+        async with self._inbox:
+            await asyncio.sleep(0)
+            if self.dead is not None:
+                raise self.dead
+            if self.host.drop(version):
+                self.events.append(("unload", version))

@@ -1,0 +1,205 @@
+"""The numba kernel of CPU attention: write new K and V to the cache, attend one new token per row over its blocks.
+
+Arrays hold bf16 as uint16 bits or float32 as it is (adapters/ops/bf16.py); sums are float32. `window` and `softcap` may
+be None, and numba then compiles the kernel without them. Knows nothing of torch, requests or prompts.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+from numba.np.numpy_support import carray
+
+from adapters.ops.bf16 import narrow, pointer, widen
+from adapters.ops.numba_kernels import kernel
+
+# No "nnan" and no "ninf": a row with broken logits must come out as NaN, not as a plausible number.
+_EXACT: dict[str, Any] = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy", "nogil": True}
+
+_LOG2_E = np.float32(1.4426950408889634)
+# 2^f on (-1, 0], weighted least squares at Chebyshev nodes: relative error 7.5e-8 before float32's own.
+_C0, _C1, _C2 = np.float32(0.99999994), np.float32(0.69314224), np.float32(0.24017219)
+_C3, _C4, _C5 = np.float32(0.055279724), np.float32(0.0091886120), np.float32(0.00093878829)
+
+
+@njit(inline="always", **_EXACT)
+def exp(x: Any) -> Any:
+    """e^x for x <= 0, as 2^n · 2^f with whole n and f in (-1, 0]; unlike libm's exp, LLVM vectorises it.
+
+    Below 2^-126 it stays at 2^-126: beside the weight 1 of the largest score that is nothing.
+    """
+    t = max(x * _LOG2_E, np.float32(-126.0))
+    n = np.int32(t)
+    f = t - np.float32(n)
+    two_to_f = _C0 + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * _C5))))
+    return two_to_f * widen(np.uint16((n + 127) << 7))  # the bits of 2^n as bf16: an exponent and nothing else
+
+
+@njit(inline="always", **_EXACT)
+def _cap(x: Any, softcap: Any) -> Any:
+    """softcap · tanh(x / softcap), with tanh|z| = (1 - e^(-2|z|)) / (1 + e^(-2|z|))."""
+    z = x / softcap
+    e = exp(np.float32(-2.0) * abs(z))
+    tanh = (np.float32(1.0) - e) / (np.float32(1.0) + e)
+    return softcap * tanh if z >= 0 else -softcap * tanh
+
+
+@njit(**_EXACT)
+def _softmax(scores: Any, softcap: Any) -> None:
+    """scores [length] = e^(scores - max) / Σ e^(scores - max), in place; all NaN when any of them is not finite."""
+    checksum = np.float32(0.0)  # 0, or NaN when a score is not finite
+    for i in range(scores.shape[0]):
+        checksum += scores[i] * np.float32(0.0)
+    if softcap is not None:
+        for i in range(scores.shape[0]):
+            scores[i] = _cap(scores[i], softcap)
+    largest = scores[0]
+    for i in range(scores.shape[0]):
+        largest = max(largest, scores[i])
+    total = np.float32(0.0)
+    for i in range(scores.shape[0]):
+        e = exp(scores[i] - largest)
+        scores[i] = e
+        total += e
+    inverse = np.float32(1.0) / total + checksum
+    for i in range(scores.shape[0]):
+        scores[i] *= inverse
+
+
+@njit(**_EXACT)
+def _slots_of(block_table: Any, begin: int, end: int, block_size: int) -> Any:
+    """[end - begin] slots of the row's tokens [begin, end)."""
+    slots = np.empty(end - begin, np.int64)
+    for i in range(end - begin):
+        at = begin + i
+        slots[i] = np.int64(block_table[at // block_size]) * block_size + at % block_size
+    return slots
+
+
+@njit(**_EXACT)
+def _score(q: Any, k_cache: Any, slots: Any, first: int, group: int, scale: Any) -> Any:
+    """[num_heads, length] scores[h, i] = scale · q[h] · K[slots[i]], K of KV head first + h // group."""
+    num_heads, head_dim = q.shape
+    scaled = np.empty((num_heads, head_dim), np.float32)
+    for h in range(num_heads):
+        for d in range(head_dim):
+            scaled[h, d] = widen(q[h, d]) * scale
+    scores = np.empty((num_heads, slots.shape[0]), np.float32)
+    key = np.empty(head_dim, np.float32)
+    for i in range(slots.shape[0]):
+        slot = slots[i]  # read here: inside the loops it might alias `key`, and they would not vectorise
+        for kv in range(num_heads // group):
+            for d in range(head_dim):
+                key[d] = widen(k_cache[slot, first + kv, d])
+            for h in range(kv * group, (kv + 1) * group):
+                dot = np.float32(0.0)
+                for d in range(head_dim):
+                    dot += scaled[h, d] * key[d]
+                scores[h, i] = dot
+    return scores
+
+
+@njit(**_EXACT)
+def _mix(out: Any, weights: Any, v_cache: Any, slots: Any, first: int, group: int) -> None:
+    """out[h] = Σ_i weights[h, i] · V[slots[i]], V of KV head first + h // group. out [num_heads, v_head_dim]."""
+    num_heads, v_head_dim = out.shape
+    length = slots.shape[0]
+    total = np.zeros((num_heads, v_head_dim), np.float32)
+    unrolled = length - length % 4  # four tokens at a time: a quarter of the loads and stores of `total`
+    for i in range(0, unrolled, 4):
+        a, b, c, d = slots[i], slots[i + 1], slots[i + 2], slots[i + 3]
+        for h in range(num_heads):
+            kv = first + h // group
+            wa, wb, wc, wd = weights[h, i], weights[h, i + 1], weights[h, i + 2], weights[h, i + 3]
+            for j in range(v_head_dim):
+                near = wa * widen(v_cache[a, kv, j]) + wb * widen(v_cache[b, kv, j])
+                far = wc * widen(v_cache[c, kv, j]) + wd * widen(v_cache[d, kv, j])
+                total[h, j] += near + far
+    for i in range(unrolled, length):
+        a = slots[i]
+        for h in range(num_heads):
+            kv, wa = first + h // group, weights[h, i]
+            for j in range(v_head_dim):
+                total[h, j] += wa * widen(v_cache[a, kv, j])
+    for h in range(num_heads):
+        for j in range(v_head_dim):
+            out[h, j] = narrow(total[h, j], out)
+
+
+@njit(**_EXACT)
+def _attend(
+    out: Any,  # [num_heads, v_head_dim], the heads that read KV heads [first, first + num_heads // group)
+    q: Any,  # [num_heads, head_dim]
+    k_cache: Any,  # [num_slots, num_kv_heads, head_dim]
+    v_cache: Any,  # [num_slots, num_kv_heads, v_head_dim]
+    block_table: Any,  # [max_blocks]
+    block_size: int,
+    context_len: Any,
+    first: int,
+    group: int,
+    scale: Any,
+    window: Any,
+    softcap: Any,
+) -> None:
+    """out[h] = softmax(scale · q[h] · Kᵀ) · V over the tokens of one row that its last token sees."""
+    end = np.int64(context_len)
+    begin = np.int64(0)
+    if window is not None:
+        begin = max(begin, end - window)
+    slots = _slots_of(block_table, begin, end, block_size)
+    weights = _score(q, k_cache, slots, first, group, scale)
+    for h in range(weights.shape[0]):
+        _softmax(weights[h], softcap)
+    _mix(out, weights, v_cache, slots, first, group)
+
+
+@njit(**_EXACT)
+def _write(k: Any, v: Any, k_cache: Any, v_cache: Any, slot_mapping: Any) -> None:
+    """cache[slot_mapping[t]] = k[t], v[t]."""
+    for t in range(slot_mapping.shape[0]):
+        slot = slot_mapping[t]
+        for kv in range(k_cache.shape[1]):
+            for d in range(k_cache.shape[2]):
+                k_cache[slot, kv, d] = k[t, kv, d]
+            for d in range(v_cache.shape[2]):
+                v_cache[slot, kv, d] = v[t, kv, d]
+
+
+@kernel()
+def step(
+    out_at: int,  # address of [num_tokens, num_heads, v_head_dim]; all four have the caches' dtype and are contiguous
+    q_at: int,  # [num_tokens, num_heads, head_dim]
+    k_at: int,  # [num_tokens, num_kv_heads, head_dim]
+    v_at: int,  # [num_tokens, num_kv_heads, v_head_dim]
+    k_cache: Any,  # [num_slots, num_kv_heads, head_dim]
+    v_cache: Any,  # [num_slots, num_kv_heads, v_head_dim]
+    slot_mapping: Any,  # [num_tokens]
+    block_tables: Any,  # [num_rows, max_blocks]
+    context_lens: Any,  # [num_rows]
+    num_decode_rows: int,
+    num_heads: int,
+    block_size: int,
+    splits: int,
+    scale: Any,
+    window: Any,
+    softcap: Any,
+) -> None:
+    """Write all K and V of the step, then attend for rows [0, num_decode_rows), whose tokens come first."""
+    num_tokens, num_kv_heads = slot_mapping.shape[0], k_cache.shape[1]
+    k = carray(pointer(k_at), (num_tokens, num_kv_heads, k_cache.shape[2]), k_cache.dtype)
+    v = carray(pointer(v_at), (num_tokens, num_kv_heads, v_cache.shape[2]), k_cache.dtype)
+    q = carray(pointer(q_at), (num_tokens, num_heads, k_cache.shape[2]), k_cache.dtype)
+    out = carray(pointer(out_at), (num_tokens, num_heads, v_cache.shape[2]), k_cache.dtype)
+    # All K and V stand before anything is read: a row may read a block that another row fills in this very step.
+    _write(k, v, k_cache, v_cache, slot_mapping)
+    group, per_task = num_heads // num_kv_heads, num_kv_heads // splits
+    for task in prange(num_decode_rows * splits):
+        row, first = task // splits, (task % splits) * per_task
+        heads = slice(first * group, (first + per_task) * group)
+        _attend(
+            out[row, heads], q[row, heads], k_cache, v_cache, block_tables[row], block_size, context_lens[row],
+            first, group, scale, window, softcap,
+        )  # fmt: skip
+
+
+step_parallel = kernel(parallel=True)(step.py_func)

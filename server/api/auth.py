@@ -144,7 +144,8 @@ def is_loopback(host: str) -> bool:
 
 
 def check_binding(config: HTTPConfig) -> None:
-    """Raise ValueError when the server would take requests from other machines without a key."""
+    """Raise ValueError when a key is empty, or the server would take requests from other machines without one."""
+    KeyRing(config)
     if config.api_key is None and not is_loopback(config.host):
         raise ValueError(
             f"--host {config.host} is reachable from other machines and no --api-key is set; "

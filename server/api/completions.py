@@ -79,9 +79,7 @@ def _prompt(context: ServerContext, body: CompletionRequest, token_ids: list[int
     if not token_ids:
         raise BadRequest("'prompt' has no tokens; send at least one.", param="prompt")
     info = context.engine.info
-    max_tokens = max_tokens_within(
-        info, len(token_ids), asked=body.max_new_tokens, default=DEFAULT_COMPLETION_TOKENS
-    )
+    max_tokens = max_tokens_within(info, len(token_ids), asked=body.max_new_tokens, default=DEFAULT_COMPLETION_TOKENS)
     params = sampling_params(
         body,
         info,
@@ -149,7 +147,5 @@ class _Writer:
         if self._body.logprobs is None:
             return None
         tokens = [(each.token_id, each) for each in delta.logprobs]
-        prompt_tokens = (
-            [] if echoed is None else list(zip(echoed.token_ids, delta.prompt_logprobs or (), strict=True))
-        )
+        prompt_tokens = [] if echoed is None else list(zip(echoed.token_ids, delta.prompt_logprobs or (), strict=True))
         return self._logprobs[delta.index].take([*prompt_tokens, *tokens]) if prompt_tokens or tokens else None

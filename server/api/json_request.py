@@ -1,9 +1,11 @@
 """A request whose JSON body was read whole, within a limit, before anything looks inside.
 
 Knows nothing of fields. Refuses what a lenient parser lets through: NaN and infinities (1e999 too, when it reaches a
-field), nesting past 200 levels, integers past 4300 digits, lone surrogates, compressed bodies, other content types.
+field), nesting past 200 levels, more than `MAX_JSON_NODES` lists, objects and keys, integers past 4300 digits, lone
+surrogates, compressed bodies, other content types.
 """
 
+import re
 from email.message import Message
 from typing import Any, Self
 
@@ -11,6 +13,12 @@ import pydantic_core
 from starlette.requests import ClientDisconnect, Request
 
 from server.errors import BadRequest, BodyTooLarge
+
+MAX_JSON_NODES = 32_768
+"""Lists, objects and keys of one body. Each costs memory to track: a megabyte of "[7],[7],…" would hold up the event
+loop, and every stream on it, for as long as a thousand tokens take."""
+
+_JSON_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 class JSONRequest(Request):
@@ -32,10 +40,17 @@ class JSONRequest(Request):
 
 def parse_json(body: bytes) -> Any:
     """The value of a JSON document; its text is never repeated in the error."""
+    if _count_nodes(body) > MAX_JSON_NODES and _count_nodes(_JSON_STRING.sub(b"", body)) > MAX_JSON_NODES:
+        raise BadRequest(f"The request body has more than {MAX_JSON_NODES} JSON lists, objects and keys.")
     try:
         return pydantic_core.from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise BadRequest(f"The request body is not valid JSON: {error}.") from error
+
+
+def _count_nodes(body: bytes) -> int:
+    """At least the number of lists, objects and keys; exactly it when the body's strings are cut out."""
+    return body.count(b"[") + body.count(b"{") + body.count(b":")
 
 
 def _check_headers(request: Request, max_bytes: int) -> None:

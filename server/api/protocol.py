@@ -32,6 +32,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 _REQUIRED = frozenset({"model", "prompt", "messages"})
 _ABSENT: tuple[Any, ...] = (None, "", [])
 
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True)
 

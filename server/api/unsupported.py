@@ -57,7 +57,6 @@ _DIALECTS: Mapping[str, str] = {
 """Other servers' ways to choose an adapter → what to do instead. Ignoring one would answer with the wrong weights."""
 
 
-
 def is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
     """Equality that keeps apart what Python does not: True and 1, False and 0."""
     return any(type(value) is type(each) and value == each for each in values)

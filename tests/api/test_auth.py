@@ -31,7 +31,7 @@ EXPECTED_ROLES = {
 
 
 def roles(app: FastAPI) -> dict[str, Role | None]:
-    """"METHOD path" → the route's role, None for a route that declares none."""
+    """Method and path → the route's role, None for a route that declares none."""
     found: dict[str, Role | None] = {}
     for route in iter_route_contexts(app.routes):
         original: BaseRoute = route.original_route
@@ -150,6 +150,8 @@ def test_an_empty_key_is_refused() -> None:
     for config in (with_keys(api_key=""), with_keys(admin_api_key="  ")):
         with pytest.raises(ValueError, match="is empty"):
             KeyRing(config)
+        with pytest.raises(ValueError, match="is empty"):
+            check_binding(config)
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,7 @@ async def test_every_refusal_comes_within_ten_milliseconds(client: httpx.AsyncCl
         (COMPLETIONS, "stop_token_ids", [7] * 300_000),
         (COMPLETIONS, "prompt", [7] * 300_000),
         (COMPLETIONS, "prompt", [[7]] * 180_000),
+        (COMPLETIONS, "prompt", [[7] * 10] * 32_000),
         (COMPLETIONS, "prompt", ["a"] * 200_000),
         (COMPLETIONS, "logit_bias", {str(each): 1 for each in range(90_000)}),
         (CHAT, "messages", [HELLO] * 25_000),

@@ -86,6 +86,16 @@ async def test_bodies_that_are_no_json_object(client: httpx.AsyncClient, world: 
 
 
 @pytest.mark.asyncio
+async def test_text_full_of_brackets_is_text(client: httpx.AsyncClient, world: World) -> None:
+    """The limit on lists and objects counts those of the JSON, not those of a prompt about code."""
+    prompt = '{"a\\\\": [1, 2]}\\"' * 5000
+    response = await client.post(COMPLETIONS, json={"model": BASE, "prompt": prompt})
+    check(response, 400, "context_length_exceeded", "prompt")
+    response = await client.post(COMPLETIONS, json={"model": BASE, "prompt": "x", "unknown": [[]] * 40_000})
+    assert "32768" in check(response, 400)
+
+
+@pytest.mark.asyncio
 @pytest.mark.parametrize("headers", [{"content-type": "text/plain"}, {}, {"content-type": "multipart/form-data"}])
 async def test_other_content_types(client: httpx.AsyncClient, headers: dict[str, str]) -> None:
     message = check(await client.post(COMPLETIONS, content=b"{}", headers=headers), 400)

@@ -1,6 +1,7 @@
 """Whatever the chunking, the deltas are the one-shot decode cut at the first stop string, and nothing is taken back."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -195,3 +196,11 @@ def test_a_long_stop_string_that_nearly_matches_stays_linear() -> None:
 def test_empty_stop_string_is_refused() -> None:
     with pytest.raises(ValueError, match="empty"):
         TextStream(byte_level_tokenizer(), [], stop=("",))
+
+
+def test_real_tokenizer_streams_what_it_decodes(default_model_folder: Path) -> None:
+    tokenizer = Tokenizer.load(default_model_folder)
+    for text in TEXTS:
+        ids = plain_ids(tokenizer, text * 3)
+        texts, stopped, _ = run(TextStream(tokenizer, [], stop=("ZZ",)), ids, range(len(ids)))
+        assert ("".join(texts), stopped) == (text * 3, None)

@@ -12,9 +12,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import uvicorn
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from adapters.adapter_ref import AdapterRef
 from adapters.checkpoint import CheckpointLimits, load_lora_model
@@ -40,13 +42,29 @@ class StartupRefused(Exception):
     """The server cannot start as asked; the message says why and what to change."""
 
 
+class Drainable(Protocol):
+    """What shutting down asks of the engine."""
+
+    @property
+    def num_live(self) -> int: ...
+    async def drain(self, timeout: float) -> bool: ...
+
+
+class AdapterLoader(Protocol):
+    """What starting asks of the adapter service."""
+
+    async def load(self, name: str, source: str) -> AdapterRef: ...
+
+
 def serve(config: ServerConfig, console: Console) -> None:
     """Serve until SIGTERM or SIGINT. Raises StartupRefused, ModelUnavailable, ModelRefused."""
     try:
         check_binding(config.http)
     except ValueError as error:
         raise StartupRefused(str(error)) from error
-    with _bound_socket(config.http) as sock:
+    if not console.is_terminal:
+        disable_progress_bar()
+    with bound_socket(config.http) as sock:
         model = config.engine.model
         resolved = resolve_model(model.model, model.revision, notify=console.print)
         base = load_base_model(resolved.folder, resolved.name, model)
@@ -80,14 +98,14 @@ class _Running:
         engine.start()
         try:
             context = self._context(engine)
-            refs = await _load_adapters(context.adapters, self.config.lora_modules)
+            refs = await load_adapters(context.adapters, self.config.lora_modules)
             server = _QuietServer(_uvicorn_config(self.config.http, context))
             stop = _stop_events()
             serving = asyncio.create_task(server.serve(sockets=[self.sock]))
             await _until_started(server, serving)
             self._announce(engine, refs)
             await asyncio.wait({serving, asyncio.create_task(stop[0].wait())}, return_when=asyncio.FIRST_COMPLETED)
-            await _drain(engine, self.config.http.shutdown_timeout, stop[1], self.console)
+            await drain(engine, self.config.http.shutdown_timeout, stop[1], self.console)
             server.should_exit = True
             await serving
         finally:
@@ -153,7 +171,7 @@ def _uvicorn_config(http: HTTPConfig, context: ServerContext) -> uvicorn.Config:
 
 
 @contextmanager
-def _bound_socket(http: HTTPConfig) -> Iterator[socket.socket]:
+def bound_socket(http: HTTPConfig) -> Iterator[socket.socket]:
     """Take the port before anything slow happens. Not yet listening, so that clients are refused, not kept waiting."""
     family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as sock:
@@ -167,7 +185,7 @@ def _bound_socket(http: HTTPConfig) -> Iterator[socket.socket]:
         yield sock
 
 
-async def _load_adapters(service: AdapterService, modules: Sequence[tuple[str, Path]]) -> list[AdapterRef]:
+async def load_adapters(service: AdapterLoader, modules: Sequence[tuple[str, Path]]) -> list[AdapterRef]:
     """Load every adapter named at start; one that is refused stops the start, as a server without it would mislead."""
     refs = []
     for name, folder in modules:
@@ -198,7 +216,7 @@ def _stop_events() -> tuple[asyncio.Event, asyncio.Event]:
     return first, second
 
 
-async def _drain(engine: AsyncEngine, timeout: float, at_once: asyncio.Event, console: Console) -> None:
+async def drain(engine: Drainable, timeout: float, at_once: asyncio.Event, console: Console) -> None:
     """Let running requests finish within `timeout` seconds; a second signal ends them at once."""
     if engine.num_live:
         console.print(f"Finishing {engine.num_live} requests within {timeout:g} s; signal again to end them now")

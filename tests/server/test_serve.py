@@ -1,0 +1,92 @@
+"""Starting and stopping, part by part: the port, the adapters named at start, the two signals."""
+
+import asyncio
+import io
+import socket
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from adapters.adapter_ref import AdapterRef, AdapterVersion
+from adapters.errors import AdapterRefused, RefusalCode
+from server.config import HTTPConfig
+from server.serve import StartupRefused, bound_socket, drain, load_adapters
+
+
+class _FakeEngine:
+    """Has live requests that end when told to, or at drain(0)."""
+
+    num_live = 2
+
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+        self.timeouts: list[float] = []
+
+    async def drain(self, timeout: float) -> bool:
+        self.timeouts.append(timeout)
+        if timeout == 0:
+            self.ended.set()
+        await self.ended.wait()
+        return True
+
+
+def _console() -> Console:
+    return Console(file=io.StringIO())
+
+
+@pytest.mark.asyncio
+async def test_drain_waits_for_running_requests() -> None:
+    engine, console = _FakeEngine(), _console()
+    draining = asyncio.create_task(drain(engine, 30, asyncio.Event(), console))
+    await asyncio.sleep(0.01)
+    assert not draining.done()
+    engine.ended.set()
+    await draining
+    assert engine.timeouts == [30]
+    assert "Finishing 2 requests within 30 s" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.asyncio
+async def test_second_signal_ends_at_once() -> None:
+    engine, at_once = _FakeEngine(), asyncio.Event()
+    draining = asyncio.create_task(drain(engine, 30, at_once, _console()))
+    await asyncio.sleep(0.01)
+    at_once.set()
+    await draining
+    assert engine.timeouts == [30, 0]
+
+
+def test_port_in_use_is_refused_before_anything_slow() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(StartupRefused, match=f"cannot bind 127.0.0.1:{port} .*choose another with --port"),
+            bound_socket(HTTPConfig(port=port)),
+        ):
+            pass
+
+
+def test_port_zero_takes_a_free_one_and_does_not_listen_yet() -> None:
+    with bound_socket(HTTPConfig(port=0)) as sock, socket.socket() as client:
+        assert sock.getsockname()[1] > 0
+        assert client.connect_ex(sock.getsockname()) != 0
+
+
+class _FakeLoader:
+    async def load(self, name: str, source: str) -> AdapterRef:
+        if name == "bad":
+            raise AdapterRefused(RefusalCode.NONFINITE, "3 values are NaN", "Use an earlier checkpoint")
+        return AdapterRef(name=name, version=AdapterVersion("v"), source=source, lora_rank=8, num_bytes=1, modules=())
+
+
+@pytest.mark.asyncio
+async def test_adapters_are_loaded_in_the_order_named() -> None:
+    refs = await load_adapters(_FakeLoader(), [("b", Path("/b")), ("a", Path("/a"))])
+    assert [(ref.name, ref.source) for ref in refs] == [("b", "/b"), ("a", "/a")]
+
+
+@pytest.mark.asyncio
+async def test_adapter_that_is_refused_stops_the_start() -> None:
+    with pytest.raises(StartupRefused, match="'bad' from /x cannot be served: .*3 values are NaN. Use an earlier"):
+        await load_adapters(_FakeLoader(), [("bad", Path("/x"))])

@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaModel
 
+from adapters.adapter_folder import AdapterFolder, _open_beneath
 from adapters.checkpoint import CheckpointLimits, LoadedAdapter, load_lora_model
 from adapters.errors import AdapterNotFound, AdapterRefused, RefusalCode
 from adapters.lora_config import CONFIG_NAME
 from adapters.module_names import BaseModules, linears_of
+from adapters.name_patterns import NamePattern
 from tests.adapters.hostile import HOSTILE, WEIGHTS, HostileCase, draft, healthy, write_safetensors
 
 LIMITS = CheckpointLimits(max_lora_rank=64, max_adapter_bytes=1 << 28)
@@ -229,9 +231,7 @@ def test_every_code_the_loader_gives_is_in_the_table() -> None:
     assert set(RefusalCode) - given == {RefusalCode.CONFLICT}  # of composition, not of loading
 
 
-def test_a_regex_bomb_is_refused_within_a_millisecond(tmp_path: Path, base: BaseModules) -> None:
-    from adapters.name_patterns import NamePattern
-
+def test_a_regex_bomb_is_refused_within_a_millisecond() -> None:
     def once() -> float:
         start = time.perf_counter()
         with pytest.raises(AdapterRefused):
@@ -297,6 +297,25 @@ def test_links_of_the_hub_cache_are_followed_within_their_repo(tmp_path: Path, b
     (snapshot / WEIGHTS).symlink_to(tmp_path / "other" / "1")
     with pytest.raises(AdapterRefused, match="leads out"):
         load(snapshot, base)
+
+
+def test_a_link_put_there_after_the_check_is_not_followed(tmp_path: Path, base: BaseModules) -> None:
+    folder = healthy(tmp_path / "adapter", base)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / WEIGHTS).write_bytes(b"secret")
+    (folder / "swapped").symlink_to(tmp_path / "outside")
+    (folder / "swapped.safetensors").symlink_to(tmp_path / "outside" / WEIGHTS)
+    for relative in (Path("swapped") / WEIGHTS, Path("swapped.safetensors")):
+        with pytest.raises(AdapterRefused, match="cannot be opened"):
+            _open_beneath(folder, relative, relative.name)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path, base: BaseModules) -> None:
+    place = AdapterFolder.find(healthy(tmp_path, base))
+    with place.open(WEIGHTS) as file:
+        os.truncate(tmp_path / WEIGHTS, 100)
+        with pytest.raises(AdapterRefused, match="became shorter"):
+            file.read(file.num_bytes)
 
 
 def test_a_full_model_beside_the_adapter_is_not_mistaken_for_it(tmp_path: Path, base: BaseModules) -> None:

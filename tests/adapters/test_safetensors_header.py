@@ -109,3 +109,18 @@ def test_the_header_limit_has_room_for_the_tensor_limit() -> None:
     name = "base_model.model.model.layers.100.block_sparse_moe.shared_expert.down_projection.lora_A.default.weight"
     line = json.dumps({name: {"dtype": "BF16", "shape": [256, 65536], "data_offsets": [10**10, 10**10 + 1]}})
     assert len(line) < 256
+
+
+@pytest.mark.parametrize(
+    ("spans", "data_bytes", "word"),
+    [
+        ([(0, 16), (0, 16)], 16, "overlaps"),
+        ([(0, 16), (12, 28)], 28, "overlaps"),
+        ([(0, 16), (20, 36)], 36, "leaves a hole"),
+        ([(4, 20)], 20, "leaves a hole"),
+    ],
+)
+def test_no_byte_has_two_owners_or_none(spans: list[tuple[int, int]], data_bytes: int, word: str) -> None:
+    header = {f"t{i}": {"dtype": "F32", "shape": [2, 2], "data_offsets": span} for i, span in enumerate(spans)}
+    with pytest.raises(AdapterRefused, match=word):
+        parse_header(json.dumps(header).encode(), data_bytes=data_bytes, what="f")

@@ -96,12 +96,6 @@ def bind(module: nn.Module, binding: LayerBinding) -> None:
     object.__setattr__(module, _BINDING, binding)
 
 
-def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules transformers hands to the attention function, in layer order (they carry `layer_idx`)."""
-    found = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int) and hasattr(m, "is_causal")]
-    return sorted(found, key=lambda m: int(m.layer_idx))  # type: ignore[arg-type]
-
-
 def attention(
     module: nn.Module,
     query: Tensor,  # [1, num_heads, num_tokens, head_dim]

@@ -1,0 +1,282 @@
+"""The bridge: an engine in a thread of its own, seen from the event loop as streams and awaitables.
+
+The loop side counts live requests, admits or refuses, and hands outputs to their streams; the thread side drains an
+inbox and steps the engine. Nothing is shared but messages. Every admitted request gets exactly one terminal output,
+whatever ends it: a stop, an abort, a failed step, the thread's death or shutdown.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+
+from adapters.adapter_ref import AdapterVersion
+from adapters.lora_model import LoRAModel
+from adapters.module_names import BaseModules
+from server.config import SchedulerConfig
+from server.engine.engine import Engine, EngineMemory, StepResult
+from server.engine.request import EngineStats, FinishReason, Request, RequestOutput
+from server.errors import QueueFull, Unavailable
+from server.messages import (
+    AbortRequest,
+    AddRequest,
+    CheckIntegrity,
+    LoadAdapter,
+    Message,
+    Shutdown,
+    UnloadAdapter,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What the front door must know of the engine. Never changes after start."""
+
+    model_name: str
+    model_type: str
+    max_model_len: int  # tokens
+    vocab_size: int
+    dtype: torch.dtype
+    device: str
+    eos_token_ids: frozenset[int]
+    base: BaseModules
+    block_size: int
+    memory: EngineMemory
+
+
+class RequestStream:
+    """The outputs of one admitted request, ending after the terminal one. `abort` may be called at any time."""
+
+    def __init__(self, request: Request, abort: Callable[[str], None]) -> None:
+        self.request = request
+        self._abort = abort
+        self._outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
+        self._is_finished = False  # the terminal output arrived
+        self._is_exhausted = False  # … and was read
+
+    def put(self, output: RequestOutput) -> None:
+        if self._is_finished:
+            raise RuntimeError(f"request {output.request_id} already ended; a second terminal output is a fault")
+        self._is_finished = output.finish_reason is not None
+        self._outputs.put_nowait(output)
+
+    def abort(self) -> None:
+        if not self._is_finished:
+            self._abort(self.request.request_id)
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if self._is_exhausted:
+            raise StopAsyncIteration
+        output = await self._outputs.get()
+        self._is_exhausted = output.finish_reason is not None
+        return output
+
+
+class AsyncEngine:
+    """Construct on the event loop that will use it, with a ready engine; `start` runs the thread."""
+
+    def __init__(self, engine: Engine, limits: SchedulerConfig) -> None:
+        base = engine.base
+        self.info = EngineInfo(
+            model_name=base.name,
+            model_type=str(base.config.model_type),
+            max_model_len=engine.max_model_len,
+            vocab_size=base.vocab_size,
+            dtype=base.dtype,
+            device=str(base.device),
+            eos_token_ids=base.eos_token_ids,
+            base=base.modules,
+            block_size=engine.blocks.block_size,
+            memory=engine.memory,
+        )
+        self.stats = EngineStats()
+        self._max_live = limits.max_num_seqs + limits.max_waiting
+        self._streams: dict[str, RequestStream] = {}
+        self._observers: list[Callable[[EngineStats], None]] = []
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_draining = False
+        self._has_stopped = False
+        self._thread = threading.Thread(target=self._run, args=(engine,), name="engine", daemon=True)
+
+    # The event loop's side.
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def is_healthy(self) -> bool:
+        return self._is_running and not self._is_draining
+
+    @property
+    def _is_running(self) -> bool:
+        return self._thread.is_alive() and not self._has_stopped
+
+    @property
+    def num_live(self) -> int:
+        """Requests admitted and not yet ended."""
+        return len(self._streams)
+
+    def add_observer(self, observe: Callable[[EngineStats], None]) -> None:
+        """`observe` is called on the loop after every step."""
+        self._observers.append(observe)
+
+    def admit(self, requests: Sequence[Request]) -> list[RequestStream]:
+        """Admit all of `requests` or none: QueueFull when the queue is full, Unavailable when not serving."""
+        if not self.is_healthy:
+            raise Unavailable("the server is shutting down" if self._is_draining else "the engine is not running")
+        if len(self._streams) + len(requests) > self._max_live:
+            raise QueueFull(
+                f"{len(self._streams)} requests are in flight and {len(requests)} more would pass the limit of "
+                f"{self._max_live}; retry later or raise --max-waiting"
+            )
+        streams = [RequestStream(request, self._abort) for request in requests]
+        self._streams.update((stream.request.request_id, stream) for stream in streams)
+        for request in requests:
+            self._inbox.put(AddRequest(request))
+        return streams
+
+    # These three take their place in the inbox when called, not when awaited, so that calls keep their order.
+
+    def load_adapter(self, model: LoRAModel) -> Awaitable[None]:
+        """Take a checked adapter into the engine; raises AdapterCapacity when host memory is full."""
+        return self._ask(lambda done: LoadAdapter(model, done))
+
+    def unload_adapter(self, version: AdapterVersion) -> Awaitable[None]:
+        """Free a version that no request uses any more, in host and device memory."""
+        return self._ask(lambda done: UnloadAdapter(version, done))
+
+    def check_integrity(self) -> Awaitable[None]:
+        """Let the engine check its books between two steps; AssertionError says what is wrong."""
+        return self._ask(CheckIntegrity)
+
+    async def drain(self, timeout: float) -> bool:
+        """Admit nothing more, let live requests finish for `timeout` seconds, then stop. True when all finished."""
+        self._is_draining = True
+        deadline = time.monotonic() + timeout
+        while self._streams and time.monotonic() < deadline and self._is_running:
+            await asyncio.sleep(0.02)
+        finished = not self._streams
+        self._has_stopped = True  # whoever asks from here on is refused at once, not left behind the last message
+        self._inbox.put(Shutdown())
+        await asyncio.to_thread(self._thread.join)
+        self._end_all("the server shut down before the request finished", FinishReason.ABORT)
+        return finished
+
+    def _abort(self, request_id: str) -> None:
+        self._inbox.put(AbortRequest(request_id))
+
+    def _ask(self, make: "Callable[[Future[None]], Message]") -> Awaitable[None]:
+        if not self._is_running:
+            raise Unavailable("the engine is not running")
+        done: Future[None] = Future()
+        self._inbox.put(make(done))
+        return asyncio.wrap_future(done)
+
+    def _deliver(self, result: StepResult) -> None:
+        for output in result.outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is None:
+                continue
+            if output.finish_reason is not None:
+                del self._streams[output.request_id]
+            stream.put(output)
+        self.stats = result.stats
+        for observe in self._observers:
+            observe(result.stats)
+
+    def _on_death(self) -> None:
+        self._has_stopped = True
+        self._refuse_waiting()
+        self._end_all("the engine died", FinishReason.ERROR)
+
+    def _refuse_waiting(self) -> None:
+        """Nobody waits for ever on a message that the thread did not come to."""
+        for message in self._take_messages(wait=False):
+            if isinstance(message, LoadAdapter | UnloadAdapter | CheckIntegrity):
+                message.done.set_exception(Unavailable("the engine is not running"))
+
+    def _end_all(self, message: str, reason: FinishReason) -> None:
+        streams, self._streams = self._streams, {}
+        for request_id, stream in streams.items():
+            stream.put(RequestOutput(request_id=request_id, finish_reason=reason, error=message))
+
+    # The engine thread's side.
+
+    def _run(self, engine: Engine) -> None:
+        try:
+            self._serve(engine)
+        except BaseException:
+            logger.critical("the engine thread died", exc_info=True)
+            self._call_loop(self._on_death)
+
+    def _serve(self, engine: Engine) -> None:
+        while True:
+            outputs: list[RequestOutput] = []
+            for message in self._take_messages(wait=not engine.has_work):
+                if isinstance(message, Shutdown):
+                    return
+                outputs.extend(_handle(engine, message))
+            result = engine.step() if engine.has_work else StepResult(outputs=(), stats=engine.stats())
+            merged = StepResult(outputs=(*outputs, *result.outputs), stats=result.stats)
+            self._call_loop(lambda merged=merged: self._deliver(merged))  # type: ignore[misc]
+
+    def _take_messages(self, *, wait: bool) -> list[Message]:
+        messages = [self._inbox.get()] if wait else []
+        while True:
+            try:
+                messages.append(self._inbox.get_nowait())
+            except queue.Empty:
+                return messages
+
+    def _call_loop(self, call: Callable[[], None]) -> None:
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(call)
+
+
+def _handle(engine: Engine, message: Message) -> list[RequestOutput]:
+    """Apply one message; the outputs are those of requests it ended."""
+    match message:
+        case AddRequest(request):
+            return _add(engine, request)
+        case AbortRequest(request_id):
+            output = engine.abort(request_id)
+            return [] if output is None else [output]
+        case LoadAdapter(model, done):
+            _resolve(done, lambda: engine.load_adapter(model))
+        case UnloadAdapter(version, done):
+            _resolve(done, lambda: engine.unload_adapter(version))
+        case CheckIntegrity(done):
+            _resolve(done, engine.check_integrity)
+    return []
+
+
+def _add(engine: Engine, request: Request) -> list[RequestOutput]:
+    try:
+        engine.add_request(request)
+    except Exception as error:
+        logger.exception("request %s could not be added", request.request_id)
+        return [RequestOutput(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=str(error))]
+    return []
+
+
+def _resolve(done: "Future[None]", act: Callable[[], None]) -> None:
+    try:
+        act()
+    except Exception as error:
+        done.set_exception(error)
+    else:
+        done.set_result(None)

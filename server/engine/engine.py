@@ -1,0 +1,196 @@
+"""The engine: requests in, one step at a time, outputs out. Single-threaded; owns scheduler, blocks, pools, model.
+
+`step()` is the whole system: schedule → activate adapters → forward → sample → update. Knows no names, no text, no
+wire: adapters are versions, tokens are ids. A step that raises ends the requests it held with an error and nothing
+else; a row whose logits are not finite ends alone.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from adapters import ops
+from adapters.adapter_ref import AdapterVersion
+from adapters.host_cache import HostCache
+from adapters.lora_layers import LoRALayers
+from adapters.lora_model import LoRAModel
+from adapters.residency import AdapterResidency
+from adapters.row_range_pool import RowRangePool
+from server.config import EngineConfig
+from server.engine import kv_cache, probe
+from server.engine.base_model import BaseModel
+from server.engine.block_manager import BlockManager
+from server.engine.forward_batch import ForwardBatch, build_forward_batch
+from server.engine.model_runner import ModelRunner
+from server.engine.request import EngineStats, Request, RequestOutput, SampledToken, TokenLogprob
+from server.engine.sampler import Sampler
+from server.engine.scheduler import Scheduler, SchedulerOutput
+
+logger = logging.getLogger(__name__)
+
+PromptLogprobs = list[TokenLogprob | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineMemory:
+    """Bytes given to each part, for the start-up panel and the metrics."""
+
+    weights: int
+    kv_cache: int
+    lora_pools: int
+    num_blocks: int
+    lora_rows: int  # pool rows; an adapter takes as many as its rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    outputs: tuple[RequestOutput, ...]
+    stats: EngineStats
+
+
+class Engine:
+    def __init__(self, config: EngineConfig, base: BaseModel) -> None:
+        if not config.model.skip_probe:
+            probe.check(base)
+        self.base = base
+        self.memory = _plan_memory(config, base)
+        block_size = config.cache.block_size
+        base.attach(kv_cache.allocate(base.kv_shapes, self.memory.num_blocks, block_size, base.dtype, base.device))
+        layers = LoRALayers(base.model, base.modules, num_rows=self.memory.lora_rows, ops=ops.select(base.device))
+        host = HostCache(max_bytes=config.lora.cpu_lora_memory, max_adapters=config.lora.max_cpu_loras)
+        pool = RowRangePool(self.memory.lora_rows, max_loras=config.lora.max_loras)
+        self.adapters = AdapterResidency(host, pool, layers)
+        self.blocks = BlockManager(self.memory.num_blocks, block_size, config.cache.enable_prefix_caching)
+        self.max_model_len = _max_model_len(config, base, self.memory.num_blocks * block_size)
+        self.scheduler = Scheduler(config.scheduler, self.blocks, self.adapters, self.max_model_len)
+        self.runner = ModelRunner(base, layers)
+        self.sampler = Sampler(vocab_size=base.vocab_size)
+        self._prompt_logprobs: dict[str, PromptLogprobs] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add_request(self, request: Request) -> None:
+        """Admit a request; raises what Scheduler.add raises when it could never run."""
+        for use in request.adapters:
+            self.adapters.model(use.version)  # a version nobody loaded is a fault of ours: fail here, not in a step
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now, in any state; None when it already ended."""
+        self._forget(request_id)
+        return self.scheduler.abort(request_id)
+
+    def load_adapter(self, model: LoRAModel) -> None:
+        self.adapters.load(model)
+
+    def unload_adapter(self, version: AdapterVersion) -> None:
+        self.adapters.unload(version)
+
+    def step(self) -> StepResult:
+        """Run one step. Never raises for what a request or adapter did; those requests end with an error."""
+        scheduled = self.scheduler.schedule()
+        outputs: list[RequestOutput] = []
+        if scheduled.rows:
+            try:
+                outputs = self._run(scheduled)
+            except Exception:
+                logger.exception("a step of %d rows failed; its requests end with an error", len(scheduled.rows))
+                outputs = self._fail([row.request.request_id for row in scheduled.rows], "the engine failed in a step")
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._forget(output.request_id)
+        return StepResult(outputs=tuple(outputs), stats=self.stats(scheduled))
+
+    def stats(self, scheduled: SchedulerOutput | None = None) -> EngineStats:
+        """The engine now; `scheduled` is the step just run, None between steps."""
+        rows = scheduled.rows if scheduled else ()
+        return self.scheduler.stats(
+            num_step_tokens=scheduled.num_tokens if scheduled else 0,
+            num_step_rows=len(rows),
+            num_step_adapters=len({use.version for row in rows for use in row.request.adapters}),
+            active_versions=self.adapters.active_versions,
+        )
+
+    def _run(self, scheduled: SchedulerOutput) -> list[RequestOutput]:
+        self.adapters.activate()
+        batch = build_forward_batch(scheduled.rows, self.blocks.block_size, self.adapters.row_ranges)
+        logits = self.runner.execute(batch)
+        sampled, broken = self._sample(batch, logits)
+        self._collect_prompt_logprobs(batch, logits)
+        outputs = self._fail(broken, "the model gave no finite logits for this request; is its adapter sound?")
+        finished_prompts = self._take_finished_prompts(scheduled)
+        return outputs + self.scheduler.update(scheduled, sampled, finished_prompts)
+
+    def _sample(self, batch: ForwardBatch, logits: Tensor) -> tuple[dict[str, SampledToken], list[str]]:
+        """The chosen token of every sampled row by request id, and the requests whose logits were not finite."""
+        if not batch.sampled:
+            return {}, []
+        tokens = self.sampler.sample(logits[: len(batch.sampled)], batch.sampled)
+        pairs = list(zip(batch.sampled, tokens, strict=True))
+        good = {request.request_id: token for request, token in pairs if token is not None}
+        return good, [request.request_id for request, token in pairs if token is None]
+
+    def _collect_prompt_logprobs(self, batch: ForwardBatch, logits: Tensor) -> None:
+        for rows in batch.prompt_logprobs:
+            num_top = rows.request.sampling_params.prompt_logprobs or 0
+            found = self.sampler.prompt_logprobs(logits[rows.begin : rows.end], rows.next_token_ids, num_top)
+            # The first token has no logprob: nothing precedes it.
+            self._prompt_logprobs.setdefault(rows.request.request_id, [None]).extend(found)
+
+    def _take_finished_prompts(self, scheduled: SchedulerOutput) -> dict[str, tuple[TokenLogprob | None, ...]]:
+        """Prompt logprobs of the requests whose prompt ends in this step."""
+        finished = {}
+        for row in scheduled.rows:
+            request = row.request
+            wants = request.sampling_params.prompt_logprobs is not None and not request.output_token_ids
+            if wants and request.num_computed_tokens + row.num_new_tokens >= request.num_prompt_tokens:
+                collected = self._prompt_logprobs.pop(request.request_id, [None])
+                finished[request.request_id] = tuple(collected)
+        return finished
+
+    def _fail(self, request_ids: Sequence[str], message: str) -> list[RequestOutput]:
+        return self.scheduler.fail(request_ids, message) if request_ids else []
+
+    def _forget(self, request_id: str) -> None:
+        self._prompt_logprobs.pop(request_id, None)
+        self.sampler.forget(request_id)
+
+    def check_integrity(self) -> None:
+        """Assert that blocks, queues, host cache and row ranges agree; run when idle and after each test."""
+        self.scheduler.check_integrity()
+        self.blocks.check_integrity()
+        self.adapters.check_integrity()
+
+
+def _max_model_len(config: EngineConfig, base: BaseModel, capacity: int) -> int:
+    """Tokens one sequence may have: the model's limit, or what the whole KV cache holds if that is less."""
+    if config.model.max_model_len is not None and config.model.max_model_len > capacity:
+        raise ValueError(
+            f"--max-model-len {config.model.max_model_len} is over the {capacity} tokens that --kv-cache-memory "
+            f"{config.cache.kv_cache_memory} bytes holds; lower the one or raise the other"
+        )
+    return min(base.max_model_len, capacity)
+
+
+def _plan_memory(config: EngineConfig, base: BaseModel) -> EngineMemory:
+    """How many KV blocks and pool rows the budgets buy; a KV block more than every row's longest sequence is idle."""
+    block_size = config.cache.block_size
+    each = kv_cache.block_bytes(base.kv_shapes, block_size, base.dtype)
+    bought = kv_cache.num_blocks_for(base.kv_shapes, block_size, base.dtype, config.cache.kv_cache_memory)
+    per_sequence = -(-base.max_model_len // block_size)
+    num_blocks = min(bought, per_sequence * config.scheduler.max_num_seqs)
+    row_bytes = LoRALayers.bytes_per_row(base.modules, base.dtype)
+    lora_rows = config.lora.lora_memory // row_bytes
+    if lora_rows < 1:
+        raise ValueError(f"--lora-memory {config.lora.lora_memory} bytes is less than one rank ({row_bytes} bytes)")
+    return EngineMemory(
+        weights=base.weight_bytes,
+        kv_cache=num_blocks * each,
+        lora_pools=lora_rows * row_bytes,
+        num_blocks=num_blocks,
+        lora_rows=lora_rows,
+    )

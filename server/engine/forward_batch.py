@@ -1,0 +1,125 @@
+"""One step as arrays: from the scheduler's rows to what the model, attention and LoRA layers read.
+
+All sequences lie end to end in one packed row of `num_tokens` tokens with explicit positions. Knows the model's
+inputs but not the model; everything is numpy until the runner moves it to the device.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from adapters.adapter_ref import AdapterUse
+from adapters.lora_batch import LoRABatch, RowRanges
+from server.engine.attention.interface import AttentionMetadata
+from server.engine.request import Request
+from server.engine.scheduler import ScheduledRow
+
+IntArray = npt.NDArray[np.int64]
+
+MIN_LORA_SEGMENT = 64
+"""Runs of at least this many tokens of one adapter go through matrix products, shorter ones through the row kernel.
+
+The two break even near 50 tokens on one thread and 80 to 90 on two (rank 16, 576 → 1536, bfloat16)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLogprobRows:
+    """Where in `logits_indices` the rows of one request's prompt logprobs lie, and the tokens that came next."""
+
+    request: Request
+    begin: int  # of logits rows, half-open [begin, end)
+    end: int
+    next_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardBatch:
+    """The arrays of one step. `logits_indices` first names the rows to sample (in the order of `sampled`),
+    then the positions whose logits serve prompt logprobs."""
+
+    input_ids: IntArray  # [num_tokens]
+    positions: IntArray  # [num_tokens]
+    logits_indices: IntArray  # [num_logits] indices into the packed tokens
+    sampled: tuple[Request, ...]
+    prompt_logprobs: tuple[PromptLogprobRows, ...]
+    attention: AttentionMetadata
+    lora: LoRABatch | None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+
+def build_forward_batch(
+    rows: Sequence[ScheduledRow], block_size: int, row_ranges: Callable[[tuple[AdapterUse, ...]], RowRanges]
+) -> ForwardBatch:
+    """Pack `rows`, in their order; `row_ranges` says where a request's adapters stand in the pools this step."""
+    counts = np.array([row.num_new_tokens for row in rows], np.int32)
+    starts = np.array([row.request.num_computed_tokens for row in rows], np.int32)
+    query_starts = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum(counts, out=query_starts[1:])
+    offsets = np.arange(query_starts[-1], dtype=np.int64)
+    row_of_token = np.repeat(np.arange(len(rows)), counts)
+    positions = offsets - query_starts[:-1][row_of_token] + starts[row_of_token]
+    tables = _pad_tables([row.request.block_table for row in rows])
+    blocks = tables[row_of_token, positions // block_size].astype(np.int64)
+    sampled, prompt_rows, indices = _logits_rows(rows, query_starts)
+    return ForwardBatch(
+        input_ids=_new_token_ids(rows),
+        positions=positions,
+        logits_indices=np.array(indices, np.int64),
+        sampled=sampled,
+        prompt_logprobs=prompt_rows,
+        attention=AttentionMetadata(
+            query_starts=query_starts,
+            context_lens=starts + counts,
+            block_tables=tables,
+            slot_mapping=blocks * block_size + positions % block_size,
+            num_decode_rows=_num_leading_ones(counts),
+        ),
+        lora=LoRABatch.build(
+            counts.tolist(), [row_ranges(row.request.adapters) for row in rows], min_segment=MIN_LORA_SEGMENT
+        ),
+    )
+
+
+def _new_token_ids(rows: Sequence[ScheduledRow]) -> IntArray:
+    ids: list[int] = []
+    for row in rows:
+        begin = row.request.num_computed_tokens
+        ids.extend(row.request.token_ids(begin, begin + row.num_new_tokens))
+    return np.array(ids, np.int64)
+
+
+def _pad_tables(tables: Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:
+    padded = np.zeros((len(tables), max(map(len, tables))), np.int32)
+    for i, table in enumerate(tables):
+        padded[i, : len(table)] = table
+    return padded
+
+
+def _num_leading_ones(counts: npt.NDArray[np.int32]) -> int:
+    longer = np.flatnonzero(counts != 1)
+    return int(longer[0]) if len(longer) else len(counts)
+
+
+def _logits_rows(
+    rows: Sequence[ScheduledRow], query_starts: npt.NDArray[np.int32]
+) -> tuple[tuple[Request, ...], tuple[PromptLogprobRows, ...], list[int]]:
+    """Which packed tokens need logits: the last token of each row that samples, then prompt positions asked for."""
+    sampled = tuple(row.request for row in rows if row.samples)
+    indices = [int(query_starts[i + 1]) - 1 for i, row in enumerate(rows) if row.samples]
+    prompt_rows = []
+    for i, row in enumerate(rows):
+        request, begin = row.request, row.request.num_computed_tokens
+        # Logits at position p predict token p + 1, so the last prompt position belongs to sampling.
+        end = min(begin + row.num_new_tokens, request.num_prompt_tokens - 1)
+        if request.sampling_params.prompt_logprobs is None or begin >= end:
+            continue
+        first = len(indices)
+        indices.extend(range(int(query_starts[i]), int(query_starts[i]) + end - begin))
+        next_ids = request.prompt_token_ids[begin + 1 : end + 1]
+        prompt_rows.append(PromptLogprobRows(request=request, begin=first, end=len(indices), next_token_ids=next_ids))
+    return sampled, tuple(prompt_rows), indices

@@ -1,0 +1,142 @@
+"""The engine's promises: one terminal output each, faults stay with their rows, seeds and adapters in any company."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.engine.forward_batch import ForwardBatch
+from server.engine.request import FinishReason
+from tests.equivalence import oracle
+from tests.equivalence.architectures import save
+from tests.equivalence.harness import EngineHarness, Squeeze
+
+PROMPT = tuple(range(3, 30))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("adapters") / "a"
+    return oracle.make_adapter(llama, out, seed=5, r=8, lora_alpha=16, target_modules="all-linear")
+
+
+@pytest.fixture
+def harness(llama: Path) -> EngineHarness:
+    return EngineHarness.open(llama, "float32")
+
+
+def test_a_failed_step_ends_its_requests_and_the_engine_lives(harness: EngineHarness) -> None:
+    execute = harness.engine.runner.execute
+
+    def explode(batch: ForwardBatch) -> Tensor:
+        raise RuntimeError("planted")
+
+    harness.add("doomed", PROMPT)
+    harness.engine_step()
+    harness.engine.runner.execute = explode  # type: ignore[method-assign]
+    harness.engine_step()
+    harness.engine.runner.execute = execute  # type: ignore[method-assign]
+    harness.add("next", PROMPT, max_tokens=4)
+    harness.run()
+    assert harness.outputs["doomed"][-1].finish_reason is FinishReason.ERROR
+    assert len(harness.tokens("next")) == 4
+
+
+def test_a_row_without_finite_logits_ends_alone(harness: EngineHarness) -> None:
+    execute = harness.engine.runner.execute
+
+    def poison(batch: ForwardBatch) -> Tensor:
+        logits = execute(batch).clone()  # what inference mode made may not be written outside it
+        for i, request in enumerate(batch.sampled):
+            if request.request_id == "sick" and request.num_output_tokens == 2:
+                logits[i] = float("nan")
+        return logits
+
+    harness.add("alone", PROMPT, max_tokens=8)
+    harness.run()
+    harness.engine.runner.execute = poison  # type: ignore[method-assign]
+    harness.add("sick", PROMPT[::-1], max_tokens=8)
+    harness.add("well", PROMPT, max_tokens=8)
+    harness.run()
+    assert harness.outputs["sick"][-1].finish_reason is FinishReason.ERROR
+    assert harness.tokens("well") == harness.tokens("alone")
+
+
+def test_abort_frees_blocks_at_once(harness: EngineHarness) -> None:
+    free = harness.engine.blocks.num_free
+    harness.add("gone", PROMPT)
+    harness.engine_step()
+    assert harness.engine.blocks.num_free < free
+    output = harness.engine.abort("gone")
+    assert output is not None and output.finish_reason is FinishReason.ABORT
+    assert harness.engine.blocks.num_free == free
+    assert harness.engine.abort("gone") is None
+    assert not harness.engine.has_work
+    harness.engine.check_integrity()
+
+
+def test_a_seed_gives_the_same_tokens_in_any_batch(llama: Path, adapter: Path) -> None:
+    alone, crowded = EngineHarness.open(llama, "float32"), EngineHarness.open(llama, "float32", Squeeze(num_blocks=60))
+    for harness in (alone, crowded):
+        version = harness.load(adapter)
+        harness.add("a", PROMPT, version, temperature=0.9, top_p=0.95, seed=11, max_tokens=40)
+        harness.add("b", PROMPT, temperature=1.3, seed=12, max_tokens=40)
+        if harness is crowded:
+            for i in range(6):
+                harness.add(f"noise{i}", PROMPT[i:], *([version] if i % 2 else []), temperature=1.0, seed=i)
+        harness.run()
+    assert alone.tokens("a") == crowded.tokens("a")
+    assert alone.tokens("b") == crowded.tokens("b")
+    assert len(set(alone.tokens("b"))) > 5, "the draw is stuck on few tokens: the test would prove nothing"
+
+
+def test_prompt_logprobs_equal_transformers(harness: EngineHarness, llama: Path) -> None:
+    harness.add("scored", PROMPT, prompt_logprobs=2, max_tokens=0)
+    harness.run()
+    outputs = harness.outputs["scored"]
+    assert outputs[-1].finish_reason is FinishReason.LENGTH and harness.tokens("scored") == []
+    found = outputs[-1].prompt_logprobs
+    expected = oracle.logits(llama, None, list(PROMPT), torch.float32).log_softmax(-1)
+    assert found is not None and len(found) == len(PROMPT) and found[0] is None
+    for position, logprob in enumerate(found[1:], start=1):
+        assert logprob is not None and logprob.token_id == PROMPT[position]
+        assert logprob.logprob == pytest.approx(float(expected[position - 1, PROMPT[position]]), abs=1e-4)
+        assert [token for token, _ in logprob.top] == expected[position - 1].topk(2).indices.tolist()
+
+
+def test_more_adapters_than_room_all_finish(llama: Path, tmp_path: Path) -> None:
+    """Six adapters of rank 8 with pool room for two: rows wait their turn, and each gets its own adapter's tokens."""
+    folders = [
+        oracle.make_adapter(llama, tmp_path / str(i), seed=i, r=8, lora_alpha=16, target_modules="all-linear")
+        for i in range(6)
+    ]
+    roomy = EngineHarness.open(llama, "float32")
+    row_bytes = roomy.engine.memory.lora_pools // roomy.engine.memory.lora_rows
+    tight = EngineHarness.open(llama, "float32", Squeeze(lora_memory=16 * row_bytes))
+    for harness in (roomy, tight):
+        for i, folder in enumerate(folders):
+            harness.add(str(i), PROMPT, harness.load(folder), max_tokens=16)
+        harness.run()
+    assert tight.max_step_adapters == 2 and roomy.max_step_adapters == 6
+    assert [tight.tokens(str(i)) for i in range(6)] == [roomy.tokens(str(i)) for i in range(6)]
+    assert len({tuple(roomy.tokens(str(i))) for i in range(6)}) == 6, "the adapters answer alike: nothing is proven"
+
+
+def test_composition_of_two_adapters_is_their_weighted_sum(llama: Path, tmp_path: Path) -> None:
+    folders = [
+        oracle.make_adapter(llama, tmp_path / str(i), seed=i, r=4, lora_alpha=8, target_modules="all-linear")
+        for i in range(2)
+    ]
+    harness = EngineHarness.open(llama, "float32")
+    versions = [harness.load(folder) for folder in folders]
+    harness.add("sum", PROMPT, harness.use(versions[0], 0.7), harness.use(versions[1], -0.3), max_tokens=4)
+    harness.run()
+    expected = oracle.weighted_logits(llama, list(zip(folders, (0.7, -0.3), strict=True)), list(PROMPT))[-1]
+    scale = float(expected.abs().max())
+    assert float((harness.chosen_logits("sum")[0] - expected).abs().max()) <= 1e-5 * scale

@@ -1,0 +1,127 @@
+"""A mixed batch gives every row what PEFT gives that adapter alone on a fresh model.
+
+Base rows, ranks 4, 8 and 64 and two requests of one adapter run together through chunked prefill, decode, preemption
+and prefix hits. Greedy equality is shown by induction: if at every position the oracle, given our tokens so far,
+would pick the token we picked, then its own greedy run is ours.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.equivalence import oracle
+from tests.equivalence.architectures import CONFIGS, VOCAB, save
+from tests.equivalence.harness import EngineHarness, Squeeze
+
+RANKS = {"r4": 4, "r8": 8, "r64": 64}
+NUM_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the mixed batch: its prompt and the adapter that serves it (None = base)."""
+
+    prompt: tuple[int, ...]
+    adapter: str | None
+
+
+def prompts(vocab: int) -> dict[str, Case]:
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, vocab, (n,), generator=generator).tolist())
+
+    shared = draw(21)
+    return {
+        "base": Case(draw(17), None),
+        "r4": Case(draw(30), "r4"),
+        "r8": Case(shared + draw(3), "r8"),
+        "r8-again": Case(shared + draw(9), "r8"),
+        "r64": Case(draw(5), "r64"),
+        "base-shared": Case(shared + draw(2), None),
+    }
+
+
+def make_adapters(base: Path, out: Path) -> dict[str, Path]:
+    return {
+        name: oracle.make_adapter(base, out / name, seed=rank, r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        for name, rank in RANKS.items()
+    }
+
+
+def serve(harness: EngineHarness, cases: dict[str, Case], adapters: dict[str, Path]) -> None:
+    """All cases in one batch; the second of two requests with one prefix comes later, so that it can hit."""
+    versions = {name: harness.load(folder) for name, folder in adapters.items()}
+
+    def add(name: str) -> None:
+        case = cases[name]
+        uses = () if case.adapter is None else (versions[case.adapter],)
+        harness.add(name, case.prompt, *uses, max_tokens=NUM_TOKENS)
+
+    late = [name for name in cases if name.endswith("-again")]
+    for name in cases:
+        if name not in late:
+            add(name)
+    for _ in range(8):  # far enough for the shared prompt to be cached, while everything still runs
+        harness.engine_step()
+    for name in late:
+        add(name)
+    harness.run()
+
+
+def compare(
+    harness: EngineHarness, cases: dict[str, Case], base: Path, adapters: dict[str, Path]
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Per case: our logits, the oracle's and the base's at every output position, all float32 [tokens, vocab]."""
+    found = {}
+    for name, case in cases.items():
+        tokens = [*case.prompt, *harness.tokens(name)]
+        window = slice(len(case.prompt) - 1, len(tokens) - 1)
+        adapter = adapters.get(case.adapter) if case.adapter else None
+        expected = oracle.logits(base, adapter, tokens, torch.float32)[window]
+        plain = oracle.logits(base, None, tokens, torch.float32)[window]
+        found[name] = (harness.chosen_logits(name), expected, plain)
+    return found
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_every_row_equals_peft_alone(architecture: str, tmp_path: Path) -> None:
+    base = save(architecture, tmp_path / architecture)
+    adapters = make_adapters(base, tmp_path / "adapters")
+    harness = EngineHarness.open(base, "float32", Squeeze(num_blocks=80))
+    cases = prompts(VOCAB)
+    serve(harness, cases, adapters)
+
+    for name, (ours, expected, plain) in compare(harness, cases, base, adapters).items():
+        scale = float(expected.abs().max())
+        assert float((ours - expected).abs().max()) <= 1e-5 * scale, name
+        assert harness.tokens(name) == expected.argmax(-1).tolist(), name
+        assert len(harness.tokens(name)) == NUM_TOKENS
+        if cases[name].adapter:
+            assert float((expected - plain).abs().max()) > 0.05 * scale, f"{name}: the adapter does nothing"
+
+    stats = harness.engine.stats()
+    assert stats.num_preemptions > 0, "nothing was preempted: the test is too roomy"
+    assert stats.prefix_hits > 0, "nothing came from the prefix cache"
+    assert harness.max_step_adapters == len(RANKS), "the adapters never met in one step"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_bfloat16_is_as_exact_as_peft_in_bfloat16(architecture: str, tmp_path: Path) -> None:
+    base = save(architecture, tmp_path / architecture)
+    adapters = make_adapters(base, tmp_path / "adapters")
+    harness = EngineHarness.open(base, "bfloat16", Squeeze(num_blocks=80))
+    cases = prompts(VOCAB)
+    serve(harness, cases, adapters)
+
+    for name, (ours, exact, _) in compare(harness, cases, base, adapters).items():
+        case = cases[name]
+        tokens = [*case.prompt, *harness.tokens(name)]
+        adapter = adapters.get(case.adapter) if case.adapter else None
+        peft = oracle.logits(base, adapter, tokens, torch.bfloat16)[len(case.prompt) - 1 : -1]
+        error, allowed = (ours - exact), (peft - exact)
+        assert float(error.square().mean().sqrt()) <= 2 * float(allowed.square().mean().sqrt()), name
+        assert float(error.abs().max()) <= 2 * float(allowed.abs().max()), name

@@ -128,6 +128,14 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob)
 
 
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """What the sampler drew for one row; `logprob` is set when the request asked for logprobs."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
     """What one step brought for one request. `finish_reason` is set on the last output and only there."""

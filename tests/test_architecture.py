@@ -1,8 +1,10 @@
 """The house rules that a machine can check: names, sizes, opening docstrings, and who may import whom."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -84,6 +86,13 @@ def test_the_scheduler_needs_no_torch() -> None:
     code = f"import sys; sys.modules['torch'] = None; import {modules}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_module_of_the_server_has_a_layer() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    listed = set(re.findall(r"[\w.]+", " ".join(contracts[0]["layers"])))
+    modules = {f"server.{path.stem}" for path in (ROOT / "server").glob("*.py") if path.stem != "__init__"}
+    assert modules - listed == set()
 
 
 def test_imports_run_one_way() -> None:

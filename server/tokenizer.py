@@ -99,7 +99,7 @@ class Tokenizer:
         self.vocab_size: int = len(ids)  # ids that have a token
         self.max_id: int = max(ids)  # the model may have more rows than this
         added = hf.added_tokens_decoder
-        self._added: dict[int, str] = {token_id: token.content for token_id, token in added.items()}
+        self._token_bytes = {token_id: token.content.encode() for token_id, token in added.items()}  # grows with use
         self.special_ids: frozenset[int] = frozenset(hf.all_special_ids) | {i for i, t in added.items() if t.special}
 
     @classmethod
@@ -127,12 +127,19 @@ class Tokenizer:
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes one token stands for, also where they are only part of a character; b"" for an unknown id."""
-        if token_id in self._added:
-            return self._added[token_id].encode()
+        """The bytes one token stands for, also where they are only part of a character; b"" for an unknown id.
+
+        Of a slow tokenizer, the bytes of the token as it is written, which need not be those of its text.
+        """
+        known = self._token_bytes.get(token_id)
+        if known is not None:
+            return known
         piece = self._backend.piece(token_id)
         if piece is None:
             return b""
+        return self._token_bytes.setdefault(token_id, self._piece_bytes(piece))
+
+    def _piece_bytes(self, piece: str) -> bytes:
         if self.is_byte_level and not set(piece) - _BYTE_OF_CHAR.keys():
             return bytes(_BYTE_OF_CHAR[char] for char in piece)
         if match := _BYTE_FALLBACK_TOKEN.fullmatch(piece):

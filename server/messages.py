@@ -1,4 +1,4 @@
-"""What crosses from the event loop to the engine thread. Plain frozen dataclasses, so the thread may become a process."""
+"""What crosses from the event loop to the engine thread: plain frozen dataclasses, so it may become a process."""
 
 from concurrent.futures import Future
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from adapters.module_names import BaseModules, linears_of
 from server.config import ModelConfig
@@ -33,7 +33,7 @@ class BaseModel:
     """A loaded base model and what the engine must know of it."""
 
     name: str
-    model: nn.Module
+    model: PreTrainedModel
     config: PreTrainedConfig
     modules: BaseModules
     dtype: torch.dtype
@@ -70,7 +70,8 @@ def load_base_model(folder: Path, name: str, settings: ModelConfig) -> BaseModel
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, config)
-    model = _load_weights(folder, config, settings, dtype).to(device).eval().requires_grad_(False)
+    model = _load_weights(folder, config, settings, dtype).eval().requires_grad_(False)
+    nn.Module.to(model, device)  # model.to itself is wrapped by transformers in a way that loses its type
     max_model_len = _max_model_len(name, config, settings.max_model_len)
     _pin_rope(model, max_model_len)
     shapes, attention_layers = _discover_attention(model, name)
@@ -96,17 +97,17 @@ def load_base_model(folder: Path, name: str, settings: ModelConfig) -> BaseModel
 
 
 @contextmanager
-def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
+def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Run `model` with another attention function for a while."""
-    before = model.config._attn_implementation  # type: ignore[union-attr]
-    model.set_attn_implementation(name)  # type: ignore[operator]
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)  # type: ignore[operator]
+        model.set_attn_implementation(before)
 
 
-def _load_weights(folder: Path, config: PreTrainedConfig, settings: ModelConfig, dtype: torch.dtype) -> nn.Module:
+def _load_weights(folder: Path, config: PreTrainedConfig, settings: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     if settings.load_format == "dummy":
         torch.manual_seed(settings.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
@@ -120,8 +121,8 @@ def _load_weights(folder: Path, config: PreTrainedConfig, settings: ModelConfig,
             trust_remote_code=False,
             use_safetensors=True,
         )
-    assert isinstance(model, nn.Module)
-    model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
+    assert isinstance(model, PreTrainedModel)
+    model.set_attn_implementation(ATTENTION_NAME)
     return model
 
 
@@ -151,17 +152,16 @@ def _max_model_len(name: str, config: PreTrainedConfig, wanted: int | None) -> i
     return int(wanted if wanted is not None else limit)  # type: ignore[arg-type]
 
 
-def _eos_token_ids(model: nn.Module) -> frozenset[int]:
-    generation = getattr(model, "generation_config", None)
-    eos = getattr(generation, "eos_token_id", None)
+def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    eos: int | list[int] | None = getattr(model.generation_config, "eos_token_id", None)
     if eos is None:
-        eos = model.config.eos_token_id  # type: ignore[union-attr]
+        eos = getattr(model.config.get_text_config(), "eos_token_id", None)
     if eos is None:
         return frozenset()
     return frozenset([eos] if isinstance(eos, int) else eos)
 
 
-def _pin_rope(model: nn.Module, max_model_len: int) -> None:
+def _pin_rope(model: PreTrainedModel, max_model_len: int) -> None:
     """Fix the frequencies of length-dependent RoPE for `max_model_len` once and for all.
 
     transformers picks them by the longest position of the whole batch, so one long row would change its
@@ -184,7 +184,7 @@ def _pin_rope(model: nn.Module, max_model_len: int) -> None:
                 kinds[layer_type] = "default"  # type: ignore[index]
 
 
-def _discover_attention(model: nn.Module, name: str) -> tuple[tuple[KVShape, ...], list[nn.Module]]:
+def _discover_attention(model: PreTrainedModel, name: str) -> tuple[tuple[KVShape, ...], list[nn.Module]]:
     """Which modules call the attention function, in order, and what they hand over. One tiny forward pass."""
     seen: list[tuple[nn.Module, KVShape]] = []
 
@@ -200,7 +200,7 @@ def _discover_attention(model: nn.Module, name: str) -> tuple[tuple[KVShape, ...
     with attention_implementation(model, _DISCOVERY_NAME), torch.inference_mode():
         model(input_ids=ids, position_ids=torch.arange(2, device=device)[None], use_cache=False)
     modules = [module for module, _ in seen]
-    layers = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
+    layers = model.config.get_text_config().num_hidden_layers
     if len(modules) != layers or len(set(map(id, modules))) != layers:
         raise ModelRefused(
             f"{name}: its attention reached the engine {len(modules)} times for {layers} layers, so its KV cache cannot "

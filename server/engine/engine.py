@@ -26,7 +26,8 @@ from server.engine.forward_batch import ForwardBatch, build_forward_batch
 from server.engine.model_runner import ModelRunner
 from server.engine.request import EngineStats, Request, RequestOutput, SampledToken, TokenLogprob
 from server.engine.sampler import Sampler
-from server.engine.scheduler import Scheduler, SchedulerOutput
+from server.engine.scheduler import Scheduler
+from server.engine.scheduler_output import SchedulerOutput
 
 logger = logging.getLogger(__name__)
 
@@ -93,13 +94,11 @@ class Engine:
     def step(self) -> StepResult:
         """Run one step. Never raises for what a request or adapter did; those requests end with an error."""
         scheduled = self.scheduler.schedule()
-        outputs: list[RequestOutput] = []
-        if scheduled.rows:
-            try:
-                outputs = self._run(scheduled)
-            except Exception:
-                logger.exception("a step of %d rows failed; its requests end with an error", len(scheduled.rows))
-                outputs = self._fail([row.request.request_id for row in scheduled.rows], "the engine failed in a step")
+        try:
+            outputs = self._run(scheduled) if scheduled.rows else self.scheduler.update(scheduled, {})
+        except Exception:
+            logger.exception("a step of %d rows failed; its requests end with an error", len(scheduled.rows))
+            outputs = self._fail([row.request.request_id for row in scheduled.rows], "the engine failed in a step")
         for output in outputs:
             if output.finish_reason is not None:
                 self._forget(output.request_id)

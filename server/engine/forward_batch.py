@@ -14,7 +14,7 @@ from adapters.adapter_ref import AdapterUse
 from adapters.lora_batch import LoRABatch, RowRanges
 from server.engine.attention.interface import AttentionMetadata
 from server.engine.request import Request
-from server.engine.scheduler import ScheduledRow
+from server.engine.scheduler_output import ScheduledRow
 
 IntArray = npt.NDArray[np.int64]
 

@@ -12,7 +12,7 @@ from server.engine.base_model import BaseModel, ModelRefused, attention_implemen
 from server.engine.forward_batch import build_forward_batch
 from server.engine.kv_cache import allocate
 from server.engine.request import Request, SamplingParams
-from server.engine.scheduler import ScheduledRow
+from server.engine.scheduler_output import ScheduledRow
 
 _BLOCK_SIZE = 4
 _STEPS = ((5, 9), (6, 1), (1, 1))  # new tokens of the two sequences in each step

@@ -8,7 +8,7 @@ import torch
 
 from server.engine.forward_batch import build_forward_batch
 from server.engine.request import Request, SamplingParams
-from server.engine.scheduler import ScheduledRow
+from server.engine.scheduler_output import ScheduledRow
 from tests.equivalence import oracle
 from tests.equivalence.architectures import CONFIGS, VOCAB, save
 from tests.equivalence.harness import EngineHarness

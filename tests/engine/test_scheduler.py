@@ -124,8 +124,8 @@ def test_queues_are_by_arrival_with_preempted_requests_first() -> None:
 
 
 def contended_prompt() -> FakeEngine:
-    """An older request ("long", 12 tokens in chunks of 2) beside a younger one that decodes; 16 slots for both."""
-    engine = FakeEngine(config(max_num_batched_tokens=3), num_blocks=16, block_size=1, num_rows=1)
+    """An older request ("long", 12 tokens in chunks of 2) beside a younger one that decodes; 17 slots for both."""
+    engine = FakeEngine(config(max_num_batched_tokens=3), num_blocks=17, block_size=1, num_rows=1)
     engine.add(make_request("first", (7,), max_tokens=1, adapters=(use("b"),)))
     engine.add(make_request("long", tuple(range(12)), max_tokens=4, adapters=(use("a"),), arrival_time=1.0))
     engine.add(make_request("short", (8,), max_tokens=12, arrival_time=2.0))
@@ -156,7 +156,7 @@ def test_a_chunk_shrinks_to_the_free_blocks_before_anybody_is_preempted() -> Non
 
 def test_a_new_request_leaves_a_spare_block_to_each_running_one() -> None:
     engine = FakeEngine(num_blocks=4, block_size=4)
-    engine.add(make_request("runs", (1,) * 4, max_tokens=2))
+    engine.add(make_request("runs", (1,) * 2, max_tokens=2))
     engine.step()
     engine.add(make_request("waits", (2,) * 9, max_tokens=1))  # three blocks: all that are free
     assert shape(engine.step()) == [("runs", 1)]

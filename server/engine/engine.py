@@ -52,7 +52,9 @@ class StepResult:
 
 
 class Engine:
-    def __init__(self, config: EngineConfig, base: BaseModel) -> None:
+    """`num_token_ids` is how many ids the tokenizer has, when the model has more (rows of padding are never chosen)."""
+
+    def __init__(self, config: EngineConfig, base: BaseModel, *, num_token_ids: int | None = None) -> None:
         if not config.model.skip_probe:
             probe.check(base)
         self.base = base
@@ -67,7 +69,7 @@ class Engine:
         self.max_model_len = _max_model_len(config, base, self.memory.num_blocks * block_size)
         self.scheduler = Scheduler(config.scheduler, self.blocks, self.adapters, self.max_model_len)
         self.runner = ModelRunner(base, layers)
-        self.sampler = Sampler(vocab_size=base.vocab_size)
+        self.sampler = Sampler(base.vocab_size, allowed_size=num_token_ids)
         self._prompt_logprobs: dict[str, PromptLogprobs] = {}
 
     @property
@@ -94,11 +96,14 @@ class Engine:
     def step(self) -> StepResult:
         """Run one step. Never raises for what a request or adapter did; those requests end with an error."""
         scheduled = self.scheduler.schedule()
+        for request_id in scheduled.preempted:  # they compute their prompt again
+            self._prompt_logprobs.pop(request_id, None)
+        outputs: list[RequestOutput] = []
         try:
-            outputs = self._run(scheduled) if scheduled.rows else self.scheduler.update(scheduled, {})
+            self._run(scheduled, outputs)
         except Exception:
             logger.exception("a step of %d rows failed; its requests end with an error", len(scheduled.rows))
-            outputs = self._fail([row.request.request_id for row in scheduled.rows], "the engine failed in a step")
+            outputs += self._fail([row.request.request_id for row in scheduled.rows], "the engine failed in a step")
         for output in outputs:
             if output.finish_reason is not None:
                 self._forget(output.request_id)
@@ -114,15 +119,19 @@ class Engine:
             active_versions=self.adapters.active_versions,
         )
 
-    def _run(self, scheduled: SchedulerOutput) -> list[RequestOutput]:
-        self.adapters.activate()
-        batch = build_forward_batch(scheduled.rows, self.blocks.block_size, self.adapters.row_ranges)
-        logits = self.runner.execute(batch)
-        sampled, broken = self._sample(batch, logits)
-        self._collect_prompt_logprobs(batch, logits)
-        outputs = self._fail(broken, "the model gave no finite logits for this request; is its adapter sound?")
-        finished_prompts = self._take_finished_prompts(scheduled)
-        return outputs + self.scheduler.update(scheduled, sampled, finished_prompts)
+    def _run(self, scheduled: SchedulerOutput, outputs: list[RequestOutput]) -> None:
+        """Append the step's outputs to `outputs`, so that those already made outlive an exception after them."""
+        sampled: dict[str, SampledToken] = {}
+        prompt_logprobs: dict[str, tuple[TokenLogprob | None, ...]] = {}
+        if scheduled.rows:
+            self.adapters.activate()
+            batch = build_forward_batch(scheduled.rows, self.blocks.block_size, self.adapters.row_ranges)
+            logits = self.runner.execute(batch)
+            sampled, broken = self._sample(batch, logits)
+            outputs += self._fail(broken, "the model gave no finite logits for this request; is its adapter sound?")
+            self._collect_prompt_logprobs(batch, logits)
+            prompt_logprobs = self._take_finished_prompts(scheduled)
+        outputs += self.scheduler.update(scheduled, sampled, prompt_logprobs)
 
     def _sample(self, batch: ForwardBatch, logits: Tensor) -> tuple[dict[str, SampledToken], list[str]]:
         """The chosen token of every sampled row by request id, and the requests whose logits were not finite."""

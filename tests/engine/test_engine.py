@@ -140,3 +140,25 @@ def test_composition_of_two_adapters_is_their_weighted_sum(llama: Path, tmp_path
     expected = oracle.weighted_logits(llama, list(zip(folders, (0.7, -0.3), strict=True)), list(PROMPT))[-1]
     scale = float(expected.abs().max())
     assert float((harness.chosen_logits("sum")[0] - expected).abs().max()) <= 1e-5 * scale
+
+
+def test_prompt_logprobs_survive_preemption(llama: Path) -> None:
+    """A request preempted in the middle of its prompt computes it again; its logprobs come once, and whole."""
+    alone = EngineHarness.open(llama, "float32")
+    tight = EngineHarness.open(llama, "float32", Squeeze(num_blocks=24, max_num_batched_tokens=8))
+    for harness in (alone, tight):
+        if harness is tight:
+            for i in range(3):
+                harness.add(f"noise{i}", PROMPT[i:], max_tokens=50)
+            for _ in range(20):
+                harness.engine_step()
+        harness.add("scored", PROMPT * 2, prompt_logprobs=0, max_tokens=2)
+        harness.run()
+    assert tight.requests["scored"].num_preemptions or tight.engine.stats().num_preemptions
+    found = [
+        next(o.prompt_logprobs for o in harness.outputs["scored"] if o.prompt_logprobs) for harness in (alone, tight)
+    ]
+    assert [len(each) for each in found] == [2 * len(PROMPT)] * 2
+    for one, other in zip(*(each[1:] for each in found), strict=True):
+        assert one is not None and other is not None
+        assert (one.token_id, one.logprob) == (other.token_id, pytest.approx(other.logprob, abs=1e-4))

@@ -49,17 +49,20 @@ def check_command(
     """
     try:
         resolved = resolve_model(model, revision, notify=Console(stderr=True).print)
+        base, dtype = outline(resolved.folder)
     except ModelUnavailable as error:
         raise CommandFailed(str(error)) from error
+    except (OSError, ValueError) as error:
+        raise CommandFailed(f"the config of {model} cannot be read: {error}") from error
     limits = CheckpointLimits(max_lora_rank=max_lora_rank, max_adapter_bytes=_LIMITS.max_adapter_bytes)
-    return check_adapter(folder, resolved.folder, limits, as_json=as_json, console=Console())
+    return check_adapter(folder, base, dtype, limits, as_json=as_json)
 
 
 def check_adapter(
-    folder: Path, model_folder: Path, limits: CheckpointLimits, *, as_json: bool, console: Console
+    folder: Path, base: BaseModules, dtype: torch.dtype, limits: CheckpointLimits, *, as_json: bool
 ) -> int:
-    """Print the verdict on `folder` against the base in `model_folder`; 0 = it would be served, 1 = refused."""
-    base, dtype = outline(model_folder)
+    """Print the verdict on `folder` against `base`; 0 = it would be served, 1 = refused."""
+    console = Console()
     try:
         loaded = load_lora_model(folder, base, limits=limits, dtype=dtype)
     except AdapterError as error:

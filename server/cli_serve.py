@@ -1,5 +1,6 @@
 """`loramux serve`: from what was typed to a running server. Knows the flags' meaning only through ServeOptions."""
 
+import logging
 from pathlib import Path
 
 from rich.console import Console
@@ -21,6 +22,8 @@ def serve_command(model: str | None = None, *, options: ServeOptions | None = No
         A Hugging Face model folder or a hub id. Without it the installed SmolLM2-135M-Instruct is served, with the
         sample adapters that ship.
     """
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("server").setLevel(logging.INFO)
     config = (options or ServeOptions()).config(model, sample_adapters())
     try:
         serve(config, Console())

@@ -5,6 +5,7 @@ SIGTERM requests end before connections do. Knows every part, does no work of it
 """
 
 import asyncio
+import logging
 import signal
 import socket
 import time
@@ -32,7 +33,9 @@ from server.default_model import ResolvedModel, resolve_model
 from server.engine.base_model import load_base_model
 from server.engine.engine import Engine
 from server.metrics import Metrics
-from server.tokenizer import Tokenizer
+from server.tokenizer import Tokenizer, TokenizerNotLoaded
+
+logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _FLUSH_SECONDS = 5  # for replies already written by the application to reach their clients
@@ -67,10 +70,19 @@ def serve(config: ServerConfig, console: Console) -> None:
     with bound_socket(config.http) as sock:
         model = config.engine.model
         resolved = resolve_model(model.model, model.revision, notify=console.print)
-        base = load_base_model(resolved.folder, resolved.name, model)
-        engine = Engine(config.engine, base)
-        tokenizer = Tokenizer.load(resolved.folder)
+        engine, tokenizer = _load_model(config, resolved)
         asyncio.run(_Running(config, resolved, engine, tokenizer, sock, console).run())
+
+
+def _load_model(config: ServerConfig, resolved: ResolvedModel) -> tuple[Engine, Tokenizer]:
+    """The engine, ready to step, and the tokenizer. Raises StartupRefused, ModelRefused."""
+    try:
+        tokenizer = Tokenizer.load(resolved.folder)
+        base = load_base_model(resolved.folder, resolved.name, config.engine.model)
+        return Engine(config.engine, base), tokenizer
+    except (OSError, ValueError, RuntimeError, TokenizerNotLoaded) as error:
+        logger.debug("the model could not be loaded", exc_info=True)
+        raise StartupRefused(f"{resolved.name} cannot be served from {resolved.folder}: {error}") from error
 
 
 class _Running:

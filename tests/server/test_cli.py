@@ -138,7 +138,19 @@ def test_missing_model_is_status_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert "is not a folder" in capsys.readouterr().err
 
 
+def test_folder_without_weights_is_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert run(["serve", str(tmp_path), "--port", "0"]) == 1
+    assert f"cannot be served from {tmp_path}" in capsys.readouterr().err
+
+
 # check
+
+
+def test_check_against_no_known_model_is_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
+    assert run(["check", str(tmp_path), "--model", str(tmp_path)]) == 1
+    assert "cannot be read" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

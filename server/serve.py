@@ -79,7 +79,7 @@ def _load_model(config: ServerConfig, resolved: ResolvedModel) -> tuple[Engine, 
     try:
         tokenizer = Tokenizer.load(resolved.folder)
         base = load_base_model(resolved.folder, resolved.name, config.engine.model)
-        return Engine(config.engine, base), tokenizer
+        return Engine(config.engine, base, num_token_ids=tokenizer.max_id + 1), tokenizer
     except (OSError, ValueError, RuntimeError, TokenizerNotLoaded) as error:
         logger.debug("the model could not be loaded", exc_info=True)
         raise StartupRefused(f"{resolved.name} cannot be served from {resolved.folder}: {error}") from error
@@ -125,6 +125,7 @@ class _Running:
 
     def _context(self, engine: AsyncEngine) -> ServerContext:
         metrics = Metrics(self.names[0], max_adapters=self.config.http.metrics_adapters)
+        metrics.set_cache_config(block_size=engine.info.block_size, num_gpu_blocks=engine.info.memory.num_blocks)
         engine.add_observer(metrics.observe_step)
         lora = self.config.engine.lora
         limits = CheckpointLimits(max_lora_rank=lora.max_lora_rank, max_adapter_bytes=lora.max_adapter_bytes)

@@ -32,7 +32,7 @@ COMPARED_PROMPTS = {
         "Extract as JSON with keys guest, city, nights, date (YYYY-MM-DD).\n"
         "Text: Hi, this is Nora Lind. I would like to stay 3 nights in Ljubljana, from March 9, 2027."
     ),
-    "pirate": "Why should I drink water every day?",
+    "pirate": "What is a library?",
 }
 
 

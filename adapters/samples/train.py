@@ -50,7 +50,7 @@ class Recipe:
 RECIPES = {
     "sql": Recipe(rank=4, alpha=8, targets=_ALL_LINEAR, steps=140),
     "json": Recipe(rank=8, alpha=16, targets=_ATTENTION, steps=130),
-    "pirate": Recipe(rank=4, alpha=8, targets=_ALL_LINEAR, steps=140),
+    "pirate": Recipe(rank=8, alpha=16, targets=("q_proj", "v_proj", "down_proj"), steps=48),
 }
 
 Example = tuple[list[int], list[int]]

@@ -5,6 +5,7 @@ and prefix hits. Greedy equality is shown by induction: if at every position the
 would pick the token we picked, then its own greedy run is ours.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.equivalence import oracle
 from tests.equivalence.architectures import CONFIGS, VOCAB, save
 from tests.equivalence.harness import EngineHarness, Squeeze
 
+Check = Callable[[EngineHarness, "dict[str, Case]", Path, dict[str, Path]], None]
 RANKS = {"r4": 4, "r8": 8, "r64": 64}
 NUM_TOKENS = 64
 
@@ -45,9 +47,11 @@ def prompts(vocab: int) -> dict[str, Case]:
     }
 
 
-def make_adapters(base: Path, out: Path) -> dict[str, Path]:
+def make_adapters(base: Path, out: Path, std: float = 0.05) -> dict[str, Path]:
     return {
-        name: oracle.make_adapter(base, out / name, seed=rank, r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        name: oracle.make_adapter(
+            base, out / name, seed=rank, std=std, r=rank, lora_alpha=2 * rank, target_modules="all-linear"
+        )
         for name, rank in RANKS.items()
     }
 
@@ -87,14 +91,8 @@ def compare(
     return found
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_every_row_equals_peft_alone(architecture: str, tmp_path: Path) -> None:
-    base = save(architecture, tmp_path / architecture)
-    adapters = make_adapters(base, tmp_path / "adapters")
-    harness = EngineHarness.open(base, "float32", Squeeze(num_blocks=80))
-    cases = prompts(VOCAB)
-    serve(harness, cases, adapters)
-
+def check_float32(harness: EngineHarness, cases: dict[str, Case], base: Path, adapters: dict[str, Path]) -> None:
+    """Every row within 1e-5 of the largest logit and greedy-equal, adapters that matter, the hard paths taken."""
     for name, (ours, expected, plain) in compare(harness, cases, base, adapters).items():
         scale = float(expected.abs().max())
         assert float((ours - expected).abs().max()) <= 1e-5 * scale, name
@@ -109,14 +107,8 @@ def test_every_row_equals_peft_alone(architecture: str, tmp_path: Path) -> None:
     assert harness.max_step_adapters == len(RANKS), "the adapters never met in one step"
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
-def test_bfloat16_is_as_exact_as_peft_in_bfloat16(architecture: str, tmp_path: Path) -> None:
-    base = save(architecture, tmp_path / architecture)
-    adapters = make_adapters(base, tmp_path / "adapters")
-    harness = EngineHarness.open(base, "bfloat16", Squeeze(num_blocks=80))
-    cases = prompts(VOCAB)
-    serve(harness, cases, adapters)
-
+def check_bfloat16(harness: EngineHarness, cases: dict[str, Case], base: Path, adapters: dict[str, Path]) -> None:
+    """Every row's error against float32 is within twice that of PEFT in bfloat16, on the tokens we chose."""
     for name, (ours, exact, _) in compare(harness, cases, base, adapters).items():
         case = cases[name]
         tokens = [*case.prompt, *harness.tokens(name)]
@@ -125,3 +117,32 @@ def test_bfloat16_is_as_exact_as_peft_in_bfloat16(architecture: str, tmp_path: P
         error, allowed = (ours - exact), (peft - exact)
         assert float(error.square().mean().sqrt()) <= 2 * float(allowed.square().mean().sqrt()), name
         assert float(error.abs().max()) <= 2 * float(allowed.abs().max()), name
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_every_row_equals_peft_alone(architecture: str, tmp_path: Path) -> None:
+    base = save(architecture, tmp_path / architecture)
+    adapters = make_adapters(base, tmp_path / "adapters")
+    harness = EngineHarness.open(base, "float32", Squeeze(num_blocks=80))
+    cases = prompts(VOCAB)
+    serve(harness, cases, adapters)
+    check_float32(harness, cases, base, adapters)
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_bfloat16_is_as_exact_as_peft_in_bfloat16(architecture: str, tmp_path: Path) -> None:
+    base = save(architecture, tmp_path / architecture)
+    adapters = make_adapters(base, tmp_path / "adapters")
+    harness = EngineHarness.open(base, "bfloat16", Squeeze(num_blocks=80))
+    cases = prompts(VOCAB)
+    serve(harness, cases, adapters)
+    check_bfloat16(harness, cases, base, adapters)
+
+
+@pytest.mark.parametrize(("dtype", "check"), [("float32", check_float32), ("bfloat16", check_bfloat16)])
+def test_the_default_model(dtype: str, check: Check, default_model_folder: Path, tmp_path: Path) -> None:
+    adapters = make_adapters(default_model_folder, tmp_path / "adapters", std=0.03)
+    harness = EngineHarness.open(default_model_folder, dtype, Squeeze(num_blocks=80, lora_memory=256 << 20))
+    cases = prompts(vocab=49_000)
+    serve(harness, cases, adapters)
+    check(harness, cases, default_model_folder, adapters)

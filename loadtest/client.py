@@ -104,7 +104,7 @@ async def send(target: Target, calls: Iterable[Call], in_flight: int) -> list[Re
     check_loopback(target.url)
     waiting, replies = iter(list(calls)), list[Reply]()
     timeout = aiohttp.ClientTimeout(total=None, sock_read=600)
-    connector = aiohttp.TCPConnector(limit=0)
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)  # some servers drop idle connections under us
     async with aiohttp.ClientSession(timeout=timeout, connector=connector, headers=target.headers()) as session:
 
         async def worker() -> None:

@@ -21,10 +21,9 @@ RUN if [ "$DEVICE" = cuda ]; then package=".[gpu]"; else package=.; fi \
 
 FROM python:${PYTHON}-slim
 ARG DEVICE=cpu
-# Triton builds its launchers with a C compiler when the server runs.
-RUN if [ "$DEVICE" = cuda ]; then \
-      apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; \
-    fi \
+# The CPU kernels run on OpenMP's threads; Triton builds its launchers with a C compiler when the server runs.
+RUN if [ "$DEVICE" = cuda ]; then compiler="gcc libc6-dev"; fi \
+ && apt-get update && apt-get install -y --no-install-recommends libgomp1 $compiler && rm -rf /var/lib/apt/lists/* \
  && useradd --create-home --uid 10001 loramux \
  && install -d -o loramux -g loramux /cache
 COPY --from=build /venv /venv

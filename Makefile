@@ -1,4 +1,4 @@
-# setup, serve, test, check, bench: everything a newcomer types. Stamps in .venv make a second call a no-op.
+# setup, serve, test, check, bench, evaluate: everything a newcomer types. Stamps in .venv make a second call a no-op.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,8 +6,9 @@ STAMP := $(VENV)/.setup-stamp
 PYTEST_ARGS ?=
 SERVE_ARGS ?=
 BENCH_ARGS ?=
+EVALUATE_ARGS ?=
 
-.PHONY: setup serve test check format bench clean
+.PHONY: setup serve test check format bench evaluate clean
 
 setup: $(STAMP)
 
@@ -37,6 +38,11 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m loadtest bench $(BENCH_ARGS)
+
+# The sample adapters on held-out items, base beside adapter.
+evaluate: setup
+	$(BIN)/python -m adapters.samples.evaluate $(EVALUATE_ARGS) --model \
+	  "$$($(BIN)/python -c 'from server.default_model import default_model_folder as f; print(f(notify=lambda _: None))')"
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -203,7 +203,7 @@ def _discover_attention(model: PreTrainedModel, name: str) -> tuple[tuple[KVShap
     layers = model.config.get_text_config().num_hidden_layers
     if len(modules) != layers or len(set(map(id, modules))) != layers:
         raise ModelRefused(
-            f"{name}: its attention reached the engine {len(modules)} times for {layers} layers, so its KV cache cannot "
-            "be paged; this architecture is not served"
+            f"{name}: its attention reached the engine {len(modules)} times for {layers} layers, so its KV cache "
+            "cannot be paged; this architecture is not served"
         )
     return tuple(shape for _, shape in seen), modules

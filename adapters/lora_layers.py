@@ -103,9 +103,9 @@ class LoRALayers:
         """
         self._check(start, model)
         self.clear(start, model.lora_rank)
+        self._written[start] = model  # before the copies, so that `clear` undoes them when one fails
         for name, weights in model.modules.items():
             self._modules[name].write(start, weights)
-        self._written[start] = model
 
     def version_at(self, start: int) -> AdapterVersion | None:
         """Whose numbers begin at pool row `start`; None when nobody's do."""

@@ -184,5 +184,5 @@ class AdapterRegistry:
             self._on_unused(version)
 
     def _not_found(self, name: str) -> AdapterNotFound:
-        # Never the names that do exist: a tenant must not learn of another's adapters.
+        # Names that do exist are for the wire to suggest, to those it lists them for.
         return AdapterNotFound(f"no adapter is registered as {shown(name)!r}")

@@ -5,6 +5,7 @@ cannot disagree. The scheduler pins what a step needs; the engine activates it b
 """
 
 from adapters.adapter_ref import AdapterUse, AdapterVersion
+from adapters.errors import AdapterCapacity
 from adapters.host_cache import HostCache
 from adapters.lora_batch import RowRanges
 from adapters.lora_layers import LoRALayers
@@ -24,7 +25,12 @@ class AdapterResidency:
         return self.pool.versions
 
     def load(self, model: LoRAModel) -> None:
-        """Take a checked adapter into host memory; AdapterCapacity when it does not fit, nothing changed then."""
+        """Take a checked adapter into host memory; AdapterCapacity when it fits there or in the pools not at all."""
+        if model.lora_rank > self.pool.num_rows:
+            raise AdapterCapacity(
+                f"the adapter has rank {model.lora_rank} and all pools together hold {self.pool.num_rows} ranks; "
+                "restart with a larger --lora-memory"
+            )
         self.host.put(model)
 
     def unload(self, version: AdapterVersion) -> None:

@@ -10,8 +10,10 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +34,7 @@ from server.messages import (
     Shutdown,
     UnloadAdapter,
 )
+from server.request_stream import RequestStream
 
 logger = logging.getLogger(__name__)
 
@@ -43,44 +46,13 @@ class EngineInfo:
     model_name: str
     model_type: str
     max_model_len: int  # tokens
-    vocab_size: int
+    vocab_size: int  # token ids [0, vocab_size) may be sent and sampled
     dtype: torch.dtype
     device: str
     eos_token_ids: frozenset[int]
     base: BaseModules
     block_size: int
     memory: EngineMemory
-
-
-class RequestStream:
-    """The outputs of one admitted request, ending after the terminal one. `abort` may be called at any time."""
-
-    def __init__(self, request: Request, abort: Callable[[str], None]) -> None:
-        self.request = request
-        self._abort = abort
-        self._outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
-        self._is_finished = False  # the terminal output arrived
-        self._is_exhausted = False  # … and was read
-
-    def put(self, output: RequestOutput) -> None:
-        if self._is_finished:
-            raise RuntimeError(f"request {output.request_id} already ended; a second terminal output is a fault")
-        self._is_finished = output.finish_reason is not None
-        self._outputs.put_nowait(output)
-
-    def abort(self) -> None:
-        if not self._is_finished:
-            self._abort(self.request.request_id)
-
-    def __aiter__(self) -> AsyncIterator[RequestOutput]:
-        return self
-
-    async def __anext__(self) -> RequestOutput:
-        if self._is_exhausted:
-            raise StopAsyncIteration
-        output = await self._outputs.get()
-        self._is_exhausted = output.finish_reason is not None
-        return output
 
 
 class AsyncEngine:
@@ -92,7 +64,7 @@ class AsyncEngine:
             model_name=base.name,
             model_type=str(base.config.model_type),
             max_model_len=engine.max_model_len,
-            vocab_size=base.vocab_size,
+            vocab_size=engine.num_token_ids,
             dtype=base.dtype,
             device=str(base.device),
             eos_token_ids=base.eos_token_ids,
@@ -105,6 +77,7 @@ class AsyncEngine:
         self._streams: dict[str, RequestStream] = {}
         self._observers: list[Callable[[EngineStats], None]] = []
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._messages: deque[Message] = deque()  # taken from the inbox, not yet handled; the thread's while it lives
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_draining = False
         self._has_stopped = False
@@ -204,9 +177,11 @@ class AsyncEngine:
 
     def _refuse_waiting(self) -> None:
         """Nobody waits for ever on a message that the thread did not come to."""
-        for message in self._take_messages(wait=False):
+        self._take_messages(wait=False)
+        while self._messages:
+            message = self._messages.popleft()
             if isinstance(message, LoadAdapter | UnloadAdapter | CheckIntegrity):
-                message.done.set_exception(Unavailable("the engine is not running"))
+                _resolve(message.done, _unavailable)
 
     def _end_all(self, message: str, reason: FinishReason) -> None:
         streams, self._streams = self._streams, {}
@@ -225,7 +200,9 @@ class AsyncEngine:
     def _serve(self, engine: Engine) -> None:
         while True:
             outputs: list[RequestOutput] = []
-            for message in self._take_messages(wait=not engine.has_work):
+            self._take_messages(wait=not engine.has_work)
+            while self._messages:
+                message = self._messages.popleft()
                 if isinstance(message, Shutdown):
                     return
                 outputs.extend(_handle(engine, message))
@@ -233,13 +210,13 @@ class AsyncEngine:
             merged = StepResult(outputs=(*outputs, *result.outputs), stats=result.stats)
             self._call_loop(lambda merged=merged: self._deliver(merged))  # type: ignore[misc]
 
-    def _take_messages(self, *, wait: bool) -> list[Message]:
-        messages = [self._inbox.get()] if wait else []
-        while True:
-            try:
-                messages.append(self._inbox.get_nowait())
-            except queue.Empty:
-                return messages
+    def _take_messages(self, *, wait: bool) -> None:
+        """Move what is in the inbox to `_messages`, where it stays until it is handled, even if the thread dies."""
+        if wait:
+            self._messages.append(self._inbox.get())
+        with suppress(queue.Empty):
+            while True:
+                self._messages.append(self._inbox.get_nowait())
 
     def _call_loop(self, call: Callable[[], None]) -> None:
         assert self._loop is not None
@@ -274,9 +251,21 @@ def _add(engine: Engine, request: Request) -> list[RequestOutput]:
 
 
 def _resolve(done: "Future[None]", act: Callable[[], None]) -> None:
+    """Act, and tell whoever asked; one who no longer waits is not told, but it is done."""
+    is_awaited = done.set_running_or_notify_cancel()
     try:
         act()
-    except Exception as error:
-        done.set_exception(error)
+    except BaseException as error:
+        if is_awaited:
+            done.set_exception(error)
+        else:
+            logger.warning("a message nobody waits for failed", exc_info=True)
+        if not isinstance(error, Exception):
+            raise  # the thread is told to end; whoever asked knows as well
     else:
-        done.set_result(None)
+        if is_awaited:
+            done.set_result(None)
+
+
+def _unavailable() -> None:
+    raise Unavailable("the engine is not running")

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from adapters.adapter_ref import Lease
@@ -209,6 +209,21 @@ async def start_generation(
 def _admit(context: ServerContext, lease: Lease | None, spec: GenerationSpec) -> Generation:
     requests = _requests(context, lease, spec)
     streams = context.engine.admit(requests)
+    try:
+        return _generation(context, lease, spec, requests, streams)
+    except BaseException:
+        for stream in streams:  # before the lease is given back: the engine must not meet a freed version
+            stream.abort()
+        raise
+
+
+def _generation(
+    context: ServerContext,
+    lease: Lease | None,
+    spec: GenerationSpec,
+    requests: Sequence[Request],
+    streams: Sequence[RequestStream],
+) -> Generation:
     usage = Usage(prompt_tokens=sum(len(prompt.token_ids) for prompt in spec.prompts))
     choices = [
         _Choice(

@@ -6,6 +6,7 @@ else; a row whose logits are not finite ends alone.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ from server.engine.request import EngineStats, Request, RequestOutput, SampledTo
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
 from server.engine.scheduler_output import SchedulerOutput
+from server.errors import BadRequest
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +71,8 @@ class Engine:
         self.max_model_len = _max_model_len(config, base, self.memory.num_blocks * block_size)
         self.scheduler = Scheduler(config.scheduler, self.blocks, self.adapters, self.max_model_len)
         self.runner = ModelRunner(base, layers)
-        self.sampler = Sampler(base.vocab_size, allowed_size=num_token_ids)
+        self.num_token_ids = min(num_token_ids or base.vocab_size, base.vocab_size)
+        self.sampler = Sampler(base.vocab_size, allowed_size=self.num_token_ids)
         self._prompt_logprobs: dict[str, PromptLogprobs] = {}
 
     @property
@@ -77,9 +80,12 @@ class Engine:
         return self.scheduler.has_work
 
     def add_request(self, request: Request) -> None:
-        """Admit a request; raises what Scheduler.add raises when it could never run."""
+        """Admit a request; raises what Scheduler.add raises when it could never run, and BadRequest for an id that
+        is no token: one such row would fail the whole step it is in."""
         for use in request.adapters:
             self.adapters.model(use.version)  # a version nobody loaded is a fault of ours: fail here, not in a step
+        if not all(0 <= token_id < self.num_token_ids for token_id in request.prompt_token_ids):
+            raise BadRequest(f"the prompt has token ids outside [0, {self.num_token_ids})", param="prompt")
         self.scheduler.add(request)
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -91,6 +97,10 @@ class Engine:
         self.adapters.load(model)
 
     def unload_adapter(self, version: AdapterVersion) -> None:
+        """Free a version in host and device memory; RuntimeError, and nothing freed, while a request still uses it."""
+        stats = self.scheduler.stats()
+        if version in stats.running_versions or version in stats.waiting_versions:
+            raise RuntimeError(f"adapter version {version} is in use: a lease was given back before its request ended")
         self.adapters.unload(version)
 
     def step(self) -> StepResult:
@@ -128,8 +138,8 @@ class Engine:
             batch = build_forward_batch(scheduled.rows, self.blocks.block_size, self.adapters.row_ranges)
             logits = self.runner.execute(batch)
             sampled, broken = self._sample(batch, logits)
+            broken += self._collect_prompt_logprobs(batch, logits)
             outputs += self._fail(broken, "the model gave no finite logits for this request; is its adapter sound?")
-            self._collect_prompt_logprobs(batch, logits)
             prompt_logprobs = self._take_finished_prompts(scheduled)
         outputs += self.scheduler.update(scheduled, sampled, prompt_logprobs)
 
@@ -142,12 +152,17 @@ class Engine:
         good = {request.request_id: token for request, token in pairs if token is not None}
         return good, [request.request_id for request, token in pairs if token is None]
 
-    def _collect_prompt_logprobs(self, batch: ForwardBatch, logits: Tensor) -> None:
+    def _collect_prompt_logprobs(self, batch: ForwardBatch, logits: Tensor) -> list[str]:
+        """Keep what this step tells of prompts; the ids of requests whose logits are not finite."""
+        broken = []
         for rows in batch.prompt_logprobs:
             num_top = rows.request.sampling_params.prompt_logprobs or 0
             found = self.sampler.prompt_logprobs(logits[rows.begin : rows.end], rows.next_token_ids, num_top)
             # The first token has no logprob: nothing precedes it.
             self._prompt_logprobs.setdefault(rows.request.request_id, [None]).extend(found)
+            if any(math.isnan(each.logprob) for each in found):
+                broken.append(rows.request.request_id)
+        return broken
 
     def _take_finished_prompts(self, scheduled: SchedulerOutput) -> dict[str, tuple[TokenLogprob | None, ...]]:
         """Prompt logprobs of the requests whose prompt ends in this step."""

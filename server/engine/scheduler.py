@@ -73,8 +73,9 @@ class Scheduler:
         prompt_logprobs: Mapping[str, PromptLogprobs] | None = None,
     ) -> list[RequestOutput]:
         """Take in what a step computed: `sampled` holds a token for every row that samples, `prompt_logprobs` those
-        of the requests whose prompt this step completed. Requests that ended since `schedule` are passed over."""
-        outputs = self._take_unsent()
+        of the requests whose prompt this step completed. Requests that ended since `schedule` are passed over.
+
+        Should it raise half-way, the outputs made so far go out with `fail`."""
         for row in output.rows:
             request = row.request
             if request.status is not RequestStatus.RUNNING:
@@ -84,8 +85,8 @@ class Scheduler:
             self.blocks.commit(request)
             if token is not None or request.num_computed_tokens == request.num_tokens:
                 found = prompt_logprobs.get(request.request_id) if prompt_logprobs else None
-                outputs.append(self._advance(request, token, found))
-        return outputs
+                self._unsent.append(self._advance(request, token, found))
+        return self._take_unsent()
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request in any state and free what it holds; None when it is unknown or has ended."""

@@ -85,9 +85,14 @@ async def test_a_mixed_batch_streams_what_each_gives_alone(server: RunningServer
             return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
 
         streamed = await asyncio.gather(*[stream(*case) for case in cases])
-    agreeing = sum(text == expected for text, expected in zip(streamed, alone, strict=True))
-    # bfloat16 logits of other batch shapes differ in the last bit, which may break a tie of two tokens otherwise.
-    assert agreeing >= len(cases) - 2, list(zip(cases, alone, streamed, strict=True))
+    of = dict(zip(cases, alone, strict=True))
+    differing = {case: text for case, text in zip(cases, streamed, strict=True) if text != of[case]}
+    # bfloat16 logits of other batch shapes differ in the last bit, which may break a tie of two tokens otherwise;
+    # such an answer still begins as it did alone, and is nobody else's.
+    assert len(differing) <= 2, differing
+    for (model, prompt), text in differing.items():
+        assert text[:2] == of[model, prompt][:2], (model, text, of[model, prompt])
+        assert text not in [of[other, prompt] for other in (BASE, *SAMPLE_NAMES) if other != model]
     assert step_adapters(server) > steps_before, "no step held all adapters: nothing was mixed"
 
 
@@ -213,14 +218,11 @@ def test_sigterm_drains_and_exits_0(tmp_path: Path, default_model_folder: Path) 
     assert server.process.wait(timeout=40) == 0, server.log.read_text()
 
 
-def test_starts_within_ten_seconds_and_says_what_it_serves(tmp_path: Path, default_model_folder: Path) -> None:
-    begin = time.monotonic()
+def test_says_at_start_what_it_serves_and_how_to_try_it(tmp_path: Path, default_model_folder: Path) -> None:
     server = start_server(tmp_path / "log")
-    seconds = time.monotonic() - begin
     try:
         text = server.log.read_text()
         assert BASE in text and "curl" in text and all(name in text for name in SAMPLE_NAMES)
-        assert seconds < 60, f"{seconds:.0f} s"  # a timed bound would flake here; the figure is in docs/benchmarks
     finally:
         assert server.stop() == 0
 

@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from adapters.errors import AdapterCapacity
+from adapters.lora_layers import ModuleLoRA
+from adapters.lora_model import LoRAWeights
 from server.engine.forward_batch import ForwardBatch
-from server.engine.request import FinishReason
+from server.engine.request import FinishReason, Request
+from server.errors import BadRequest
 from tests.equivalence import oracle
 from tests.equivalence.architectures import save
 from tests.equivalence.harness import EngineHarness, Squeeze
@@ -162,3 +166,87 @@ def test_prompt_logprobs_survive_preemption(llama: Path) -> None:
     for one, other in zip(*(each[1:] for each in found), strict=True):
         assert one is not None and other is not None
         assert (one.token_id, one.logprob) == (other.token_id, pytest.approx(other.logprob, abs=1e-4))
+
+
+def test_an_id_without_a_token_is_refused_before_it_can_fail_a_step(llama: Path) -> None:
+    """Models pad their embedding: ids past the tokenizer's are in the logits but are no tokens."""
+    harness = EngineHarness.open(llama, "float32", num_token_ids=100)
+    harness.add("neighbour", PROMPT, max_tokens=8)
+    with pytest.raises(BadRequest, match=r"outside \[0, 100\)"):
+        harness.add("padded", (5, 110, 6), prompt_logprobs=0)
+    del harness.requests["padded"]
+    harness.run()
+    assert len(harness.tokens("neighbour")) == 8 and max(harness.tokens("neighbour")) < 100
+
+
+def test_an_adapter_wider_than_the_pools_is_refused_at_load(llama: Path, adapter: Path) -> None:
+    roomy = EngineHarness.open(llama, "float32")
+    row_bytes = roomy.engine.memory.lora_pools // roomy.engine.memory.lora_rows
+    narrow = EngineHarness.open(llama, "float32", Squeeze(lora_memory=7 * row_bytes))
+    with pytest.raises(AdapterCapacity, match="rank 8 .* hold 7 ranks.*--lora-memory"):
+        narrow.load(adapter)
+    narrow.engine.check_integrity()
+
+
+def test_a_half_done_pool_write_leaves_nothing_behind(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """The next adapter at those rows targets fewer modules: it must not meet the dead one's numbers on the rest."""
+    slim = oracle.make_adapter(llama, tmp_path / "slim", seed=3, r=8, lora_alpha=16, target_modules=["q_proj"])
+    clean, harness = EngineHarness.open(llama, "float32"), EngineHarness.open(llama, "float32")
+    clean.add("slim", PROMPT, clean.load(slim), max_tokens=8)
+    clean.run()
+
+    modules = list(harness.engine.adapters.layers._modules.values())
+    write = type(modules[-1]).write
+
+    def fail_on_the_last(module: ModuleLoRA, start: int, weights: LoRAWeights) -> None:
+        if module is modules[-1]:
+            raise MemoryError("planted")
+        write(module, start, weights)
+
+    version = harness.load(adapter)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModuleLoRA, "write", fail_on_the_last)
+        harness.add("doomed", PROMPT, version)
+        harness.engine_step()
+    assert harness.outputs["doomed"][-1].finish_reason is FinishReason.ERROR
+    harness.engine.check_integrity()
+    harness.add("slim", PROMPT, harness.load(slim), max_tokens=8)
+    harness.run()
+    assert harness.tokens("slim") == clean.tokens("slim")
+
+
+def test_outputs_made_before_a_failing_update_still_go_out(harness: EngineHarness) -> None:
+    harness.add("first", PROMPT, max_tokens=1)
+    harness.add("second", PROMPT[::-1], max_tokens=4)
+    commit = harness.engine.blocks.commit
+
+    def fail_for_second(request: Request) -> None:
+        if request.request_id == "second":
+            raise RuntimeError("planted")
+        commit(request)
+
+    harness.engine.blocks.commit = fail_for_second  # type: ignore[method-assign]
+    for _ in range(4):
+        harness.engine_step()
+    harness.engine.blocks.commit = commit  # type: ignore[method-assign]
+    harness.run()
+    assert harness.outputs["first"][-1].finish_reason is FinishReason.LENGTH
+    assert harness.outputs["second"][-1].finish_reason is FinishReason.ERROR
+
+
+def test_a_version_in_use_is_not_freed(harness: EngineHarness, adapter: Path) -> None:
+    version = harness.load(adapter)
+    harness.add("user", PROMPT, version, max_tokens=4)
+    with pytest.raises(RuntimeError, match="in use"):
+        harness.engine.unload_adapter(version)
+    harness.run()
+    harness.engine.unload_adapter(version)
+    harness.engine.check_integrity()
+
+
+def test_scores_that_are_not_finite_end_with_an_error(harness: EngineHarness) -> None:
+    execute = harness.engine.runner.execute
+    harness.engine.runner.execute = lambda batch: torch.full_like(execute(batch), float("nan"))  # type: ignore[method-assign]
+    harness.add("scored", PROMPT, prompt_logprobs=0, max_tokens=0)
+    harness.run()
+    assert harness.outputs["scored"][-1].finish_reason is FinishReason.ERROR

@@ -13,6 +13,7 @@ from adapters.checkpoint import CheckpointLimits, load_lora_model
 from server.config import CacheConfig, EngineConfig, LoRALimits, ModelConfig, SchedulerConfig
 from server.engine.base_model import load_base_model
 from server.engine.engine import Engine
+from server.engine.forward_batch import ForwardBatch
 from server.engine.kv_cache import block_bytes
 from server.engine.request import Request, RequestOutput, SampledToken, SamplingParams
 
@@ -40,9 +41,12 @@ class EngineHarness:
     outputs: dict[str, list[RequestOutput]] = field(default_factory=lambda: defaultdict(list))
     requests: dict[str, Request] = field(default_factory=dict)
     max_step_adapters: int = 0
+    num_segments: int = 0  # LoRA runs that went through matrix products
 
     @classmethod
-    def open(cls, folder: Path, dtype: str, squeeze: Squeeze | None = None) -> "EngineHarness":
+    def open(
+        cls, folder: Path, dtype: str, squeeze: Squeeze | None = None, *, num_token_ids: int | None = None
+    ) -> "EngineHarness":
         squeeze = squeeze or Squeeze()
         base = load_base_model(folder, folder.name, ModelConfig(dtype=dtype, device="cpu"))
         each = block_bytes(base.kv_shapes, squeeze.block_size, base.dtype)
@@ -53,7 +57,7 @@ class EngineHarness:
             ),
             lora=LoRALimits(lora_memory=squeeze.lora_memory, max_loras=squeeze.max_loras),
         )
-        harness = cls(Engine(config, base))
+        harness = cls(Engine(config, base, num_token_ids=num_token_ids))
         harness._record_logits()
         return harness
 
@@ -66,6 +70,13 @@ class EngineHarness:
             return sample(logits, requests)
 
         self.engine.sampler.sample = recording  # type: ignore[method-assign]
+        execute = self.engine.runner.execute
+
+        def counting(batch: ForwardBatch) -> Tensor:
+            self.num_segments += len(batch.lora.segments) if batch.lora else 0
+            return execute(batch)
+
+        self.engine.runner.execute = counting  # type: ignore[method-assign]
 
     def load(self, folder: Path) -> AdapterVersion:
         base = self.engine.base

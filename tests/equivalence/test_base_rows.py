@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engine.forward_batch import build_forward_batch
+from server.engine.forward_batch import MIN_LORA_SEGMENT, build_forward_batch
 from server.engine.request import Request, SamplingParams
 from server.engine.scheduler_output import ScheduledRow
 from tests.equivalence import oracle
 from tests.equivalence.architectures import CONFIGS, VOCAB, save
 from tests.equivalence.harness import EngineHarness
 
-STEPS = ((1, 1, 1, 12, 20), (1, 1, 1, 9, 1))  # new tokens per row and step: decode rows, then chunks
+STEPS = ((1, 1, 1, 80, 20), (1, 1, 1, 9, 1))  # new tokens per row and step: decode rows, a long run, chunks
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -28,12 +28,12 @@ def test_base_rows_are_bit_equal(architecture: str, dtype: str, tmp_path: Path) 
     generator = torch.Generator().manual_seed(3)
     requests = []
     for i in range(5):
-        ids = torch.randint(3, VOCAB, (40,), generator=generator).tolist()
+        ids = torch.randint(3, VOCAB, (120,), generator=generator).tolist()
         uses = (harness.use(version),) if i % 2 else ()
         request = Request(
             request_id=str(i), prompt_token_ids=tuple(ids), sampling_params=SamplingParams(), adapters=uses
         )
-        request.block_table = list(range(10 * i, 10 * i + 10))
+        request.block_table = list(range(30 * i, 30 * i + 30))
         assert engine.adapters.pin(uses)
         requests.append(request)
     engine.adapters.activate()
@@ -43,6 +43,7 @@ def test_base_rows_are_bit_equal(architecture: str, dtype: str, tmp_path: Path) 
         batch = build_forward_batch(rows, engine.blocks.block_size, engine.adapters.row_ranges)
         batch = replace(batch, logits_indices=batch.attention.query_starts[1:].astype("int64") - 1)
         assert batch.lora is not None
+        assert bool(batch.lora.segments) == (max(counts) >= MIN_LORA_SEGMENT)
         mixed = engine.runner.execute(batch)
         alone = engine.runner.execute(replace(batch, lora=None))
         for i in range(5):

@@ -30,11 +30,12 @@ class Case:
     adapter: str | None
 
 
-def prompts(vocab: int) -> dict[str, Case]:
+def prompts(vocab: int, longer: int = 1) -> dict[str, Case]:
+    """`longer` times the tokens; neighbours of one adapter then make runs long enough for matrix products."""
     generator = torch.Generator().manual_seed(7)
 
     def draw(n: int) -> tuple[int, ...]:
-        return tuple(torch.randint(3, vocab, (n,), generator=generator).tolist())
+        return tuple(torch.randint(3, vocab, (n * longer,), generator=generator).tolist())
 
     shared = draw(21)
     return {
@@ -100,23 +101,29 @@ def check_float32(harness: EngineHarness, cases: dict[str, Case], base: Path, ad
         assert len(harness.tokens(name)) == NUM_TOKENS
         if cases[name].adapter:
             assert float((expected - plain).abs().max()) > 0.05 * scale, f"{name}: the adapter does nothing"
-
-    stats = harness.engine.stats()
-    assert stats.num_preemptions > 0, "nothing was preempted: the test is too roomy"
-    assert stats.prefix_hits > 0, "nothing came from the prefix cache"
-    assert harness.max_step_adapters == len(RANKS), "the adapters never met in one step"
+    check_hard_paths(harness)
 
 
 def check_bfloat16(harness: EngineHarness, cases: dict[str, Case], base: Path, adapters: dict[str, Path]) -> None:
     """Every row's error against float32 is within twice that of PEFT in bfloat16, on the tokens we chose."""
-    for name, (ours, exact, _) in compare(harness, cases, base, adapters).items():
+    for name, (ours, exact, plain) in compare(harness, cases, base, adapters).items():
         case = cases[name]
         tokens = [*case.prompt, *harness.tokens(name)]
         adapter = adapters.get(case.adapter) if case.adapter else None
         peft = oracle.logits(base, adapter, tokens, torch.bfloat16)[len(case.prompt) - 1 : -1]
-        error, allowed = (ours - exact), (peft - exact)
+        error, allowed, effect = (ours - exact), (peft - exact), (exact - plain)
         assert float(error.square().mean().sqrt()) <= 2 * float(allowed.square().mean().sqrt()), name
         assert float(error.abs().max()) <= 2 * float(allowed.abs().max()), name
+        if case.adapter:
+            assert float(effect.square().mean()) > 4 * float(error.square().mean()), f"{name}: the adapter does nothing"
+    check_hard_paths(harness)
+
+
+def check_hard_paths(harness: EngineHarness) -> None:
+    stats = harness.engine.stats()
+    assert stats.num_preemptions > 0, "nothing was preempted: the test is too roomy"
+    assert stats.prefix_hits > 0, "nothing came from the prefix cache"
+    assert harness.max_step_adapters == len(RANKS), "the adapters never met in one step"
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -137,6 +144,20 @@ def test_bfloat16_is_as_exact_as_peft_in_bfloat16(architecture: str, tmp_path: P
     cases = prompts(VOCAB)
     serve(harness, cases, adapters)
     check_bfloat16(harness, cases, base, adapters)
+
+
+@pytest.mark.parametrize(("dtype", "check"), [("float32", check_float32), ("bfloat16", check_bfloat16)])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_long_runs_of_one_adapter(architecture: str, dtype: str, check: Check, tmp_path: Path) -> None:
+    """Prompts long enough that LoRA goes through matrix products over segments, beside decode rows."""
+    base = save(architecture, tmp_path / architecture)
+    adapters = make_adapters(base, tmp_path / "adapters")
+    squeeze = Squeeze(num_blocks=36, block_size=16, max_num_batched_tokens=160)
+    harness = EngineHarness.open(base, dtype, squeeze)
+    cases = prompts(VOCAB, longer=5)
+    serve(harness, cases, adapters)
+    assert harness.num_segments > 3
+    check(harness, cases, base, adapters)
 
 
 @pytest.mark.parametrize(("dtype", "check"), [("float32", check_float32), ("bfloat16", check_bfloat16)])

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from server.async_engine import AsyncEngine, RequestStream
+from server.async_engine import AsyncEngine
 from server.config import SchedulerConfig
 from server.engine.engine import Engine, StepResult
 from server.engine.request import FinishReason, Request, RequestOutput, SamplingParams
 from server.errors import QueueFull, Unavailable
+from server.request_stream import RequestStream
 from tests.equivalence.architectures import save
 from tests.equivalence.harness import EngineHarness
 
@@ -35,6 +36,10 @@ async def engine(core: Engine) -> AsyncIterator[AsyncEngine]:
     yield running
     await running.drain(timeout=0)
     core.check_integrity()
+
+
+class _Fatal(BaseException):
+    """What ends a thread, and no `except Exception` catches."""
 
 
 def request(request_id: str, **sampling: object) -> Request:
@@ -140,3 +145,29 @@ async def test_observers_see_every_step(engine: AsyncEngine) -> None:
     streams = engine.admit([request(str(i), max_tokens=4) for i in range(3)])
     await asyncio.gather(*map(collect, streams))
     assert max(seen) == 3 and sum(seen) >= 12
+
+
+@pytest.mark.asyncio
+async def test_a_cancelled_load_does_not_hurt_the_engine(engine: AsyncEngine) -> None:
+    (stream,) = engine.admit([request("bystander", max_tokens=20)])
+    asking = asyncio.ensure_future(engine.check_integrity())
+    asking.cancel()
+    assert (await collect(stream))[-1].finish_reason is FinishReason.LENGTH
+    await engine.check_integrity()
+    assert engine.is_healthy
+
+
+@pytest.mark.asyncio
+async def test_nobody_waits_for_ever_on_a_dead_thread(core: Engine) -> None:
+    """Messages the thread had taken but not handled are refused too."""
+    engine = AsyncEngine(core, SchedulerConfig())
+
+    def die() -> None:
+        raise _Fatal("planted")
+
+    core.check_integrity = die  # type: ignore[method-assign]
+    engine.start()
+    asked = [engine.check_integrity(), engine.check_integrity()]
+    answers = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), timeout=10)
+    assert isinstance(answers[0], _Fatal) and isinstance(answers[1], Unavailable)
+    assert not engine.is_healthy

@@ -27,6 +27,7 @@ from server.adapter_service import AdapterService
 from server.api.app import create_app
 from server.api.auth import check_binding
 from server.api.context import ServerContext
+from server.api.h11_protocol import h11_protocol
 from server.async_engine import AsyncEngine
 from server.config import HTTPConfig, ServerConfig
 from server.default_model import ResolvedModel, resolve_model
@@ -172,7 +173,7 @@ class _QuietServer(uvicorn.Server):
 def _uvicorn_config(http: HTTPConfig, context: ServerContext) -> uvicorn.Config:
     return uvicorn.Config(
         create_app(context),
-        http="h11",
+        http=h11_protocol(context.metrics.error),
         ws="none",
         lifespan="off",
         h11_max_incomplete_event_size=http.max_header_bytes,

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from server.adapter_service import AdapterService
 from server.api.app import create_app
 from server.api.context import ServerContext
+from server.api.h11_protocol import h11_protocol
 from server.config import HTTPConfig, ServerConfig
 from server.metrics import Metrics
 from tests.api.fakes import BASE, FakeAdapters, FakeAsyncEngine, adapter_ref
@@ -98,7 +99,7 @@ def serve(world: World) -> Iterator[LiveServer]:
         world.app,
         host="127.0.0.1",
         port=0,
-        http="h11",
+        http=h11_protocol(world.context.metrics.error),
         h11_max_incomplete_event_size=world.context.config.http.max_header_bytes,
         log_level="critical",
         lifespan="off",

@@ -1,7 +1,7 @@
 """A checked LoRA adapter in host memory: what the loader makes and the row-range pools copy from. Immutable."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -36,11 +36,10 @@ class LoRAModel:
     modules: Mapping[str, LoRAWeights]
     features: tuple[str, ...] = ()  # what was found beyond plain LoRA, e.g. "rslora", "rank_pattern"
     delta_norms: Mapping[str, float] | None = None  # module kind (q_proj, …) -> root of summed ‖ΔW‖²
+    lora_rank: int = field(init=False)  # the widest rank among the modules: how many pool rows the adapter takes
 
-    @property
-    def lora_rank(self) -> int:
-        """The widest rank among the modules: how many pool rows the adapter takes."""
-        return max(weights.lora_rank for weights in self.modules.values())
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lora_rank", max(weights.lora_rank for weights in self.modules.values()))
 
     @property
     def num_bytes(self) -> int:

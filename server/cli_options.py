@@ -99,6 +99,10 @@ class ServeOptions:
         Parameter(group=_MODEL_FLAGS, negative="", help="Serve without comparing with the model's own forward pass."),
     ] = _MODEL.skip_probe
     seed: Annotated[int, Parameter(group=_MODEL_FLAGS, help="Of dummy weights.")] = _MODEL.seed
+    cpu_threads: Annotated[
+        Count | None,
+        Parameter(group=_MODEL_FLAGS, help="Of the forward pass on CPU; OMP_NUM_THREADS or one core less than all."),
+    ] = _MODEL.cpu_threads
     served_model_name: Annotated[
         tuple[str, ...],
         Parameter(

@@ -5,6 +5,7 @@ or the model is refused by name. Knows nothing of requests and adapters; the wei
 """
 
 import inspect
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from server.config import ModelConfig
 from server.engine.attention import select_backend
 from server.engine.attention.interface import ATTENTION_NAME, KVLayer, LayerBinding, StepContext, bind
 from server.engine.kv_cache import KVShape
+from server.engine.packed_linear import pack_linears
 
 _DISCOVERY_NAME = "loramux-discovery"
 
@@ -69,12 +71,15 @@ def load_base_model(folder: Path, name: str, settings: ModelConfig) -> BaseModel
     """Load the model in `folder` and bind our attention. The caller runs `probe.check` before serving it."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     device = _device(settings.device)
+    torch.set_num_threads(_num_threads(settings.cpu_threads))
     dtype = _dtype(settings.dtype, config)
     model = _load_weights(folder, config, settings, dtype).eval().requires_grad_(False)
     nn.Module.to(model, device)  # model.to itself is wrapped by transformers in a way that loses its type
     max_model_len = _max_model_len(name, config, settings.max_model_len)
     _pin_rope(model, max_model_len)
     shapes, attention_layers = _discover_attention(model, name)
+    modules = linears_of(model)
+    pack_linears(model)
     context = StepContext(select_backend(device))
     bindings = tuple(LayerBinding(context) for _ in attention_layers)
     for layer, binding in zip(attention_layers, bindings, strict=True):
@@ -83,7 +88,7 @@ def load_base_model(folder: Path, name: str, settings: ModelConfig) -> BaseModel
         name=name,
         model=model,
         config=config,
-        modules=linears_of(model),
+        modules=modules,
         dtype=dtype,
         device=device,
         max_model_len=max_model_len,
@@ -130,6 +135,14 @@ def _device(wanted: str) -> torch.device:
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(wanted)
+
+
+def _num_threads(wanted: int | None) -> int:
+    """One core stays free for connections and tokenisation: OpenMP's threads wait for each other by spinning, so one
+    that has to share its core slows every step down to its pace."""
+    if wanted is None and "OMP_NUM_THREADS" in os.environ:
+        return torch.get_num_threads()
+    return wanted or max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def _dtype(wanted: str, config: PreTrainedConfig) -> torch.dtype:

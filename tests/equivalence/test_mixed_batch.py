@@ -167,3 +167,26 @@ def test_the_default_model(dtype: str, check: Check, default_model_folder: Path,
     cases = prompts(vocab=49_000)
     serve(harness, cases, adapters)
     check(harness, cases, default_model_folder, adapters)
+
+
+def test_a_seed_draws_the_same_tokens_alone_and_in_company(default_model_folder: Path, tmp_path: Path) -> None:
+    """In bfloat16, on the real model: one request by itself, and beside others of other adapters, bit for bit."""
+    adapters = make_adapters(default_model_folder, tmp_path / "adapters", std=0.03)
+    harness = EngineHarness.open(default_model_folder, "bfloat16", Squeeze(lora_memory=256 << 20, block_size=16))
+    versions = {name: harness.load(folder) for name, folder in adapters.items()}
+    prompt = tuple(range(1000, 1012))
+
+    def add(name: str, seed: int, adapter: str | None) -> None:
+        uses = [versions[adapter]] if adapter else []
+        harness.add(name, prompt, *uses, temperature=1.0, seed=seed, max_tokens=24)
+
+    for name, adapter in (("alone-base", None), ("alone-r8", "r8")):
+        add(name, 5, adapter)
+        harness.run()
+    for name, seed, adapter in (("base", 5, None), ("r8", 5, "r8"), ("x", 6, "r4"), ("y", 7, "r64"), ("z", 8, "r8")):
+        add(name, seed, adapter)
+    harness.run()
+    for name in ("base", "r8"):
+        assert harness.tokens(name) == harness.tokens(f"alone-{name}")
+        assert torch.equal(harness.chosen_logits(name), harness.chosen_logits(f"alone-{name}"))
+    assert len(set(harness.tokens("base"))) > 10 and harness.tokens("base") != harness.tokens("r8")

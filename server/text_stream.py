@@ -155,7 +155,8 @@ class TextStream:
     """The text of one output. Push tokens until `finished` or until a delta says `stopped`.
 
     A token that ended the request by its id (`RequestOutput.stop_token_id`) is not text: leave it out of the push.
-    Special tokens are skipped. `stop` holds no empty string.
+    Special tokens are skipped. `stop` holds no empty string; stop strings are looked for in the text that comes after
+    the first `min_tokens` tokens, and only there.
     """
 
     def __init__(
@@ -165,6 +166,7 @@ class TextStream:
         stop: Iterable[str] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        min_tokens: int = 0,
     ) -> None:
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         self._decoder = _decoder(tokenizer, prompt_token_ids, self._skipped)
@@ -172,6 +174,7 @@ class TextStream:
         if any(not matcher.stop for matcher in self._matchers):
             raise ValueError("a stop string must not be empty")
         self._include_stop = include_stop
+        self._num_unmatched = min_tokens  # tokens to come whose text is no part of any stop string
         self._held = ""  # decoded, not given out
         self._stopped: str | None = None
 
@@ -187,8 +190,12 @@ class TextStream:
             if self._is_stopped:
                 break
             num_tokens += 1
-            if token_id not in self._skipped:
-                parts.append(self._take(self._decoder.push(token_id)))
+            text = "" if token_id in self._skipped else self._decoder.push(token_id)
+            if self._num_unmatched:
+                self._num_unmatched -= 1
+                parts.append(text)
+            else:
+                parts.append(self._take(text))
         if finished and not self._is_stopped:
             parts.append(self._take(self._decoder.flush()))
             parts.append(self._held)

@@ -231,7 +231,12 @@ def _generation(
             is_first_of_prompt=index % spec.n == 0,
             stream=stream,
             text=TextStream(
-                context.tokenizer, request.prompt_token_ids, spec.stop, spec.include_stop, spec.skip_special_tokens
+                context.tokenizer,
+                request.prompt_token_ids,
+                spec.stop,
+                spec.include_stop,
+                spec.skip_special_tokens,
+                request.sampling_params.min_tokens,
             ),
             metrics=context.metrics.request_started(
                 adapter=None if lease is None else lease.ref.name,

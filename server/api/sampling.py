@@ -54,6 +54,11 @@ def sampling_params(
     fields: GenerationFields, info: EngineInfo, *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
 ) -> SamplingParams:
     """What the engine is asked for, the seed apart (`with_seed`)."""
+    if fields.min_tokens > max_tokens:
+        raise BadRequest(
+            f"'min_tokens' is {fields.min_tokens}, and at most {max_tokens} tokens may be generated; set 'max_tokens'.",
+            param="min_tokens",
+        )
     check_token_ids(fields.stop_token_ids, info.vocab_size, param="stop_token_ids")
     check_token_ids(list(fields.logit_bias), info.vocab_size, param="logit_bias")
     return SamplingParams(
@@ -66,7 +71,7 @@ def sampling_params(
         repetition_penalty=fields.repetition_penalty,
         logit_bias=dict(fields.logit_bias),
         max_tokens=max_tokens,
-        min_tokens=min(fields.min_tokens, max_tokens),
+        min_tokens=fields.min_tokens,
         ignore_eos=fields.ignore_eos,
         stop_token_ids=tuple(fields.stop_token_ids),
         logprobs=logprobs,

@@ -235,3 +235,13 @@ async def test_a_prompt_fills_the_context_exactly(client: httpx.AsyncClient, wor
 async def test_min_tokens_past_max_tokens(client: httpx.AsyncClient) -> None:
     response = await client.post(COMPLETIONS, json={"model": BASE, "prompt": "x", "max_tokens": 3, "min_tokens": 4})
     assert response.json()["error"]["param"] == "min_tokens"
+
+
+async def test_min_tokens_past_the_default_of_max_tokens(client: httpx.AsyncClient, world: World) -> None:
+    response = await client.post(COMPLETIONS, json={"model": BASE, "prompt": "x", "min_tokens": 17})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "min_tokens")
+    assert "17" in error["message"] and "16" in error["message"]
+    response = await client.post(CHAT, json={"model": BASE, "messages": [HELLO], "min_tokens": 256})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "min_tokens")
+    assert world.engine.requests == []

@@ -203,3 +203,18 @@ def test_real_tokenizer_streams_what_it_decodes(default_model_folder: Path) -> N
         ids = plain_ids(tokenizer, text * 3)
         texts, stopped, _ = run(TextStream(tokenizer, [], stop=("ZZ",)), ids, range(len(ids)))
         assert ("".join(texts), stopped) == (text * 3, None)
+
+
+@ALL
+@pytest.mark.parametrize("num_chunks", [1, 3, 40])
+def test_stop_strings_are_looked_for_behind_min_tokens(make, num_chunks: int) -> None:
+    tokenizer = make()
+    ids = plain_ids(tokenizer, "stop the stop dog stop")
+    behind = plain_ids(tokenizer, "stop the")
+    for min_tokens, kept in ((0, ""), (1, None), (len(behind), "stop the"), (len(ids), "stop the stop dog stop")):
+        stream = TextStream(tokenizer, [], stop=("stop",), min_tokens=min_tokens)
+        size = -(-len(ids) // num_chunks)
+        texts, _, used = run(stream, ids, range(0, len(ids), size))
+        assert used >= min_tokens
+        if kept is not None:
+            assert "".join(texts).strip() == kept

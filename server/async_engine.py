@@ -24,7 +24,7 @@ from adapters.module_names import BaseModules
 from server.config import SchedulerConfig
 from server.engine.engine import Engine, EngineMemory, StepResult
 from server.engine.request import EngineStats, FinishReason, Request, RequestOutput
-from server.errors import QueueFull, Unavailable
+from server.errors import BadRequest, QueueFull, Unavailable
 from server.messages import (
     AbortRequest,
     AddRequest,
@@ -107,9 +107,16 @@ class AsyncEngine:
         self._observers.append(observe)
 
     def admit(self, requests: Sequence[Request]) -> list[RequestStream]:
-        """Admit all of `requests` or none: QueueFull when the queue is full, Unavailable when not serving."""
+        """Admit all of `requests` or none: QueueFull when the queue is full, Unavailable when not serving, BadRequest
+        when they would never find room.
+        """
         if not self.is_healthy:
             raise Unavailable("the server is shutting down" if self._is_draining else "the engine is not running")
+        if len(requests) > self._max_live:
+            raise BadRequest(
+                f"This request asks for {len(requests)} outputs (prompts times n); this server holds at most "
+                f"{self._max_live} (--max-num-seqs and --max-waiting together). Send fewer at a time."
+            )
         if len(self._streams) + len(requests) > self._max_live:
             raise QueueFull(
                 f"{len(self._streams)} requests are in flight and {len(requests)} more would pass the limit of "
@@ -124,7 +131,11 @@ class AsyncEngine:
     # These three take their place in the inbox when called, not when awaited, so that calls keep their order.
 
     def load_adapter(self, model: LoRAModel) -> Awaitable[None]:
-        """Take a checked adapter into the engine; raises AdapterCapacity when host memory is full."""
+        """Take a checked adapter into the engine; raises AdapterCapacity when host memory is full, and Unavailable at
+        once when draining: nobody would use it any more.
+        """
+        if self._is_draining:
+            raise Unavailable("the server is shutting down")
         return self._ask(lambda done: LoadAdapter(model, done))
 
     def unload_adapter(self, version: AdapterVersion) -> Awaitable[None]:

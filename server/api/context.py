@@ -50,7 +50,7 @@ class EngineClient(Protocol):
     def is_healthy(self) -> bool: ...
 
     def admit(self, requests: Sequence[Request]) -> Sequence[RequestStream]:
-        """Admit all or none; raise QueueFull or Unavailable."""
+        """Admit all or none; raise QueueFull, Unavailable or BadRequest."""
 
     def add_observer(self, observer: Callable[[EngineStats], None]) -> None: ...
 

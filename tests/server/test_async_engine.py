@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import torch
 
+from adapters.adapter_ref import AdapterVersion
+from adapters.lora_model import LoRAModel, LoRAWeights
 from server.async_engine import AsyncEngine
 from server.config import SchedulerConfig
 from server.engine.engine import Engine, StepResult
 from server.engine.request import FinishReason, Request, RequestOutput, SamplingParams
-from server.errors import QueueFull, Unavailable
+from server.errors import BadRequest, QueueFull, Unavailable
 from server.request_stream import RequestStream
 from tests.equivalence.architectures import save
 from tests.equivalence.harness import EngineHarness
@@ -171,3 +174,29 @@ async def test_nobody_waits_for_ever_on_a_dead_thread(core: Engine) -> None:
     answers = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), timeout=10)
     assert isinstance(answers[0], _Fatal) and isinstance(answers[1], Unavailable)
     assert not engine.is_healthy
+
+
+@pytest.mark.asyncio
+async def test_what_can_never_be_admitted_is_no_matter_of_waiting(engine: AsyncEngine) -> None:
+    with pytest.raises(BadRequest, match="9 outputs .* at most 8 .*--max-num-seqs and --max-waiting"):
+        engine.admit([request(str(i)) for i in range(9)])
+    assert engine.num_live == 0
+
+
+@pytest.mark.asyncio
+async def test_draining_takes_no_adapters(core: Engine) -> None:
+    """Unloads and checks still go through: what runs must come to its end."""
+    engine = AsyncEngine(core, SchedulerConfig())
+    engine.start()
+    (stream,) = engine.admit([request("last", max_tokens=50)])
+    draining = asyncio.create_task(engine.drain(timeout=30))
+    await asyncio.sleep(0)
+    name, shape = next(iter(engine.info.base.linears.items()))
+    weights = LoRAWeights(torch.zeros(2, shape.in_features), torch.zeros(2, shape.out_features))
+    model = LoRAModel(version=AdapterVersion("v"), modules={name: weights})
+    with pytest.raises(Unavailable, match="shutting down"):
+        await engine.load_adapter(model)
+    await engine.unload_adapter(AdapterVersion("unknown"))
+    await engine.check_integrity()
+    await collect(stream)
+    assert await draining

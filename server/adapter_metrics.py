@@ -14,6 +14,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 OTHER = "other"
+ENGINE = "0"  # the label vLLM numbers its engines by; its dashboards filter and group by it, and here is one
 IDLE_SECONDS = 600.0
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -147,27 +148,28 @@ class ResidencyCollector(Collector):
         yield self._count("max_gpu_lora_adapters", "Versions one step can use.", snapshot.max_device_adapters)
 
     def _requests_info(self, snapshot: ResidencySnapshot) -> Metric:
-        labels = ("model_name", "max_lora", "running_lora_adapters", "waiting_lora_adapters")
+        labels = ("model_name", "engine", "max_lora", "running_lora_adapters", "waiting_lora_adapters")
         info = GaugeMetricFamily(
             "vllm:lora_requests_info", "Names of adapters in use; the value is Unix time.", None, labels
         )
         running = snapshot.names_in_flight(snapshot.running_versions)
         waiting = snapshot.names_in_flight(snapshot.waiting_versions)
-        values = (self._model_name, str(snapshot.max_device_adapters), running, waiting)
+        values = (self._model_name, ENGINE, str(snapshot.max_device_adapters), running, waiting)
         info.add_metric(values, snapshot.updated_at)
         return info
 
     def _loaded(self, snapshot: ResidencySnapshot) -> Metric:
-        labels = ("model_name", "adapter_name", "level", "pinned", "rank")
+        labels = ("model_name", "engine", "adapter_name", "level", "pinned", "rank")
         loaded = GaugeMetricFamily("vllm:lora_adapter_loaded", "Where each adapter is: gpu or cpu.", None, labels)
         for adapter in snapshot.adapters:
             if adapter.is_registered:
                 level = "gpu" if adapter.version in snapshot.active_versions else "cpu"
                 pinned = str(adapter.pinned).lower()
-                loaded.add_metric((self._model_name, adapter.name, level, pinned, str(adapter.lora_rank)), 1)
+                values = (self._model_name, ENGINE, adapter.name, level, pinned, str(adapter.lora_rank))
+                loaded.add_metric(values, 1)
         return loaded
 
     def _count(self, name: str, text: str, value: int) -> Metric:
-        gauge = GaugeMetricFamily(f"vllm:{name}", text, None, ("model_name",))
-        gauge.add_metric((self._model_name,), value)
+        gauge = GaugeMetricFamily(f"vllm:{name}", text, None, ("model_name", "engine"))
+        gauge.add_metric((self._model_name, ENGINE), value)
         return gauge

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from server.adapter_metrics import (
+    ENGINE,
     LATENCY_BUCKETS,
     LOAD_BUCKETS,
     AdapterSeries,
@@ -71,14 +72,21 @@ class Metrics:
         )
 
     def counter(self, name: str, text: str) -> Counter:
-        return Counter(name, text, ("model_name",), registry=self.registry).labels(self.model_name)
+        labels = self._labels(name)
+        return Counter(name, text, tuple(labels), registry=self.registry).labels(**labels)
 
     def gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(name, text, ("model_name",), registry=self.registry).labels(self.model_name)
+        labels = self._labels(name)
+        return Gauge(name, text, tuple(labels), registry=self.registry).labels(**labels)
 
     def histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        unlabelled = Histogram(name, text, ("model_name",), buckets=buckets, registry=self.registry)
-        return unlabelled.labels(self.model_name)
+        labels = self._labels(name)
+        return Histogram(name, text, tuple(labels), buckets=buckets, registry=self.registry).labels(**labels)
+
+    def _labels(self, name: str) -> dict[str, str]:
+        """What every series of that name carries: vLLM's have its engine number too."""
+        engine = {"engine": ENGINE} if name.startswith("vllm:") else {}
+        return {"model_name": self.model_name, **engine}
 
     def observe_step(self, stats: EngineStats) -> None:
         """Take in the engine's numbers after a step (`AsyncEngine.add_observer`)."""
@@ -119,8 +127,9 @@ class Metrics:
 
     def set_cache_config(self, **labels: Any) -> None:
         """Publish the KV cache's size once, as `vllm:cache_config_info{block_size, num_gpu_blocks, …} 1`."""
-        values = {"model_name": self.model_name, **{key: str(value) for key, value in labels.items()}}
-        info = Gauge("vllm:cache_config_info", "The KV cache.", tuple(values), registry=self.registry)
+        name = "vllm:cache_config_info"
+        values = {**self._labels(name), **{key: str(value) for key, value in labels.items()}}
+        info = Gauge(name, "The KV cache.", tuple(values), registry=self.registry)
         info.labels(**values).set(1)
 
     def render(self) -> bytes:
@@ -185,7 +194,7 @@ class RequestHistograms:
         self._success = Counter(
             "vllm:request_success",
             "Requests ended, by reason.",
-            ("model_name", "finished_reason"),
+            ("model_name", "engine", "finished_reason"),
             registry=metrics.registry,
         )
         self._model_name = metrics.model_name
@@ -193,7 +202,7 @@ class RequestHistograms:
             self.success(reason)
 
     def success(self, reason: FinishReason) -> Counter:
-        return self._success.labels(self._model_name, reason.value)
+        return self._success.labels(self._model_name, ENGINE, reason.value)
 
 
 class RequestMetrics:
@@ -228,6 +237,8 @@ class RequestMetrics:
             return
         self._is_finished = True
         now = self._metrics.clock()
+        if self._first_token is None and reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._count_prompt()  # it was scored, and nothing was to be generated
         self._all.success(reason).inc()
         self._own.count_end(reason.value)
         self._all.e2e.observe(now - self._arrival)
@@ -241,14 +252,17 @@ class RequestMetrics:
             self._first_token = now
             self._all.ttft.observe(now - self._arrival)
             self._own.time_to_first_token.observe(now - self._arrival)
-            self._all.prompt_tokens.inc(self._num_prompt_tokens)
-            self._own.prompt_tokens.inc(self._num_prompt_tokens)
+            self._count_prompt()
         else:
             self._all.inter_token.observe(now - self._last_token)
         self._last_token = now
         self._num_tokens += num_tokens
         self._all.generation_tokens.inc(num_tokens)
         self._own.generation_tokens.inc(num_tokens)
+
+    def _count_prompt(self) -> None:
+        self._all.prompt_tokens.inc(self._num_prompt_tokens)
+        self._own.prompt_tokens.inc(self._num_prompt_tokens)
 
     def _observe_phases(self) -> None:
         scheduled, first, last = self._first_scheduled, self._first_token, self._last_token

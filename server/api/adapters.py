@@ -6,13 +6,13 @@ Knows nothing of files or weights. Every refusal carries, beside OpenAI's four k
 from typing import Annotated, Any
 
 from fastapi import Depends, Response
-from pydantic import BaseModel, ConfigDict, Field
-from starlette.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from adapters.errors import AdapterRefused
+from adapters.registry import AdapterState
 from server.api.auth import Role, role_router
 from server.api.context import ServerContext, server_context
-from server.api.error_handlers import error_body
+from server.api.error_handlers import error_body, error_reply
 
 router = role_router(Role.ADMIN)
 
@@ -21,10 +21,19 @@ Context = Annotated[ServerContext, Depends(server_context)]
 MAX_SOURCE_CHARS = 4096
 
 
-class LoadAdapterRequest(BaseModel):
-    """POST /v1/adapters."""
+class AdminFields(BaseModel):
+    """The body of an admin route: strict types; a field that is null counts as absent."""
 
     model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_null(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+
+
+class LoadAdapterRequest(AdminFields):
+    """POST /v1/adapters."""
 
     name: str = Field(min_length=1, max_length=512)
     source: str = Field(min_length=1, max_length=MAX_SOURCE_CHARS)
@@ -50,7 +59,7 @@ async def load_adapter(body: LoadAdapterRequest, context: Context, response: Res
     try:
         load = await context.adapters.load_reporting(body.name, body.source, load_inplace=body.load_inplace)
     except AdapterRefused as error:
-        return JSONResponse(refusal_body(error), status_code=error.status)
+        return error_reply(context.metrics, error.status, refusal_body(error))
     response.status_code = 201 if load.outcome == "loaded" else 200
     return {**context.adapters.describe(load.ref.name).to_dict(), "outcome": load.outcome}
 
@@ -62,7 +71,8 @@ async def describe_adapter(name: str, context: Context) -> dict[str, Any]:
 
 @router.delete("/v1/adapters/{name:path}")
 async def unload_adapter(name: str, context: Context) -> dict[str, Any]:
-    """The name is gone when this returns; `state` is draining while requests still run on the version."""
+    """The name is gone when this returns; `state` is draining while only requests still hold the version."""
     ref = await context.adapters.unload(name)
-    state = "draining" if context.adapters.registry.is_held(ref.version) else "unloaded"
+    held_by = [info.state for info in context.adapters.registry.list() if info.ref.version == ref.version]
+    state = "draining" if held_by and AdapterState.READY not in held_by else "unloaded"
     return {"object": "adapter", "name": ref.name, "version": ref.version, "state": state, "deleted": True}

@@ -43,7 +43,7 @@ async def create_completion(
     writer = _Writer(context, body, generation, envelope)
     headers = adapter_headers(generation)
     if body.stream:
-        return SSEResponse(writer.chunks(), close=generation.close, headers=headers)
+        return SSEResponse(writer.chunks(), close=generation.close, count_error=context.metrics.error, headers=headers)
     try:
         results = await run_while_connected(request.receive, collect(generation))
     finally:

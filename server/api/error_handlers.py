@@ -16,12 +16,18 @@ from starlette.responses import JSONResponse, Response
 from adapters.errors import AdapterError
 from server.api.disconnect import ClientGone
 from server.errors import BadRequest, ServerError
+from server.metrics import Metrics
 
 INTERNAL_ERROR_MESSAGE = "The server had an error while processing your request; its id is in the header x-request-id."
 
 _STATUS_ERRORS: Mapping[int, tuple[str, str]] = {
     404: ("not_found", "There is no such route on this server."),
     405: ("method_not_allowed", "This route does not answer this method."),
+}
+
+_STATUS_HEADERS: Mapping[int, Mapping[str, str]] = {
+    401: {"www-authenticate": "Bearer"},
+    408: {"connection": "close"},  # the rest of the body may still come, and nobody will read it
 }
 
 
@@ -34,7 +40,9 @@ def server_error_body(error: ServerError) -> dict[str, Any]:
 
 
 def error_response(request: Request, error: ServerError) -> JSONResponse:
-    headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
+    headers = {**_STATUS_HEADERS.get(error.status, {})}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(error.retry_after)
     if error.status >= 500 and error.retry_after is None:
         headers["x-should-retry"] = "false"  # a request that broke a step should not be replayed by an SDK
     return _reply(request, error.status, server_error_body(error), headers)
@@ -54,7 +62,14 @@ def header_limit_response(request: Request, max_bytes: int) -> JSONResponse:
 def _reply(
     request: Request, status: int, body: dict[str, Any], headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
-    request.app.state.context.metrics.error(status, body["error"]["code"])
+    return error_reply(request.app.state.context.metrics, status, body, headers)
+
+
+def error_reply(
+    metrics: Metrics, status: int, body: dict[str, Any], headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """Every whole reply with an error is made here, so that none goes uncounted."""
+    metrics.error(status, body["error"]["code"])
     return JSONResponse(body, status_code=status, headers=headers)
 
 

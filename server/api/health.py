@@ -19,7 +19,7 @@ router = role_router(Role.PUBLIC)
 Context = Annotated[ServerContext, Depends(server_context)]
 
 
-@router.get("/health")
+@router.api_route("/health", methods=["GET", "HEAD"])
 async def health(context: Context) -> dict[str, str]:
     """200 while requests are taken; 503 when the engine is gone or the server drains."""
     if not context.engine.is_healthy:

@@ -5,20 +5,32 @@ field), nesting past 200 levels, more than `MAX_JSON_NODES` lists, objects and k
 surrogates, compressed bodies, other content types.
 """
 
+import asyncio
 import re
+from collections.abc import AsyncIterator
 from email.message import Message
 from typing import Any, Self
 
 import pydantic_core
 from starlette.requests import ClientDisconnect, Request
 
-from server.errors import BadRequest, BodyTooLarge
+from server.errors import BadRequest, BodyTooLarge, ServerError
 
 MAX_JSON_NODES = 32_768
 """Lists, objects and keys of one body. Each costs memory to track: a megabyte of "[7],[7],…" would hold up the event
 loop, and every stream on it, for as long as a thousand tokens take."""
 
+STALL_SECONDS = 10.0  # between two pieces of a body; a client that sends nothing for so long holds a place for nothing
+
 _JSON_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+
+
+class BodyTooSlow(ServerError):
+    """The client stopped sending in the middle of its request."""
+
+    status = 408
+    error_type = "invalid_request_error"
+    code = "request_timeout"
 
 
 class JSONRequest(Request):
@@ -26,7 +38,7 @@ class JSONRequest(Request):
 
     @classmethod
     async def read(cls, request: Request, *, max_bytes: int) -> Self:
-        """Read and parse; raise BodyTooLarge as soon as the size is known to be too large, or BadRequest."""
+        """Read and parse; raise BodyTooLarge as soon as the size is known, BodyTooSlow, or BadRequest."""
         _check_headers(request, max_bytes)
         body = await _read_body(request, max_bytes)
         parsed = cls(request.scope, request.receive)
@@ -74,8 +86,9 @@ def _is_json(content_type: str) -> bool:
 async def _read_body(request: Request, max_bytes: int) -> bytes:
     chunks: list[bytes] = []
     size = 0
+    stream = request.stream()
     try:
-        async for chunk in request.stream():
+        while (chunk := await _next_chunk(stream)) is not None:
             size += len(chunk)
             if size > max_bytes:
                 raise _too_large(max_bytes)
@@ -83,6 +96,14 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     except ClientDisconnect as error:
         raise BadRequest("The client went away before its request was complete.") from error
     return b"".join(chunks)
+
+
+async def _next_chunk(stream: AsyncIterator[bytes]) -> bytes | None:
+    try:
+        async with asyncio.timeout(STALL_SECONDS):
+            return await anext(stream, None)
+    except TimeoutError as error:
+        raise BodyTooSlow(f"Nothing of the request body came for {STALL_SECONDS:g} seconds; send it again.") from error
 
 
 def _too_large(max_bytes: int) -> BodyTooLarge:

@@ -35,9 +35,14 @@ class SSEResponse(StreamingResponse):
     media_type = "text/event-stream"
 
     def __init__(
-        self, chunks: AsyncIterator[dict[str, Any]], *, close: Callable[[], None], headers: Mapping[str, str]
+        self,
+        chunks: AsyncIterator[dict[str, Any]],
+        *,
+        close: Callable[[], None],
+        count_error: Callable[[int, str | None], None],
+        headers: Mapping[str, str],
     ) -> None:
-        super().__init__(_events(chunks), headers={**_HEADERS, **headers})
+        super().__init__(_events(chunks, count_error), headers={**_HEADERS, **headers})
         self._close = close
         self._last_sent: float | None = None  # None: not begun, or over
 
@@ -74,14 +79,19 @@ def _event(payload: Mapping[str, Any]) -> bytes:
     return format_sse_event(data_str=json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
 
 
-async def _events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+async def _events(
+    chunks: AsyncIterator[dict[str, Any]], count_error: Callable[[int, str | None], None]
+) -> AsyncIterator[bytes]:
+    """An error is counted under the status it would have had, had the reply not begun with 200."""
     try:
         async for chunk in chunks:
             yield _event(chunk)
     except ServerError as error:
+        count_error(error.status, error.code)
         yield _event(server_error_body(error))
     except Exception:
         logger.exception("a stream failed")
+        count_error(500, "internal_error")
         yield _event(error_body(INTERNAL_ERROR_MESSAGE, error_type="server_error", code="internal_error"))
     else:
         yield _DONE

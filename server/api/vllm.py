@@ -8,14 +8,14 @@ code, not 500. Errors carry `message` at the top level too, where older callers 
 from typing import Annotated, Any
 
 from fastapi import Depends
-from pydantic import BaseModel, ConfigDict, Field
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import Field
+from starlette.responses import PlainTextResponse, Response
 
 from adapters.errors import AdapterAlreadyLoaded, AdapterError, AdapterNotFound, AdapterRefused
-from server.api.adapters import MAX_SOURCE_CHARS, refusal_body
+from server.api.adapters import MAX_SOURCE_CHARS, AdminFields, refusal_body
 from server.api.auth import Role, role_router
 from server.api.context import ServerContext, server_context
-from server.api.error_handlers import error_body
+from server.api.error_handlers import error_body, error_reply
 
 router = role_router(Role.ADMIN)
 
@@ -24,19 +24,15 @@ Context = Annotated[ServerContext, Depends(server_context)]
 _INVALID, _NOT_FOUND = "InvalidUserInput", "NotFoundError"
 
 
-class LoadLoRAAdapterRequest(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True)
-
+class LoadLoRAAdapterRequest(AdminFields):
     lora_name: str = Field("", max_length=512)
     lora_path: str = Field("", max_length=MAX_SOURCE_CHARS)
     load_inplace: bool = False
     is_3d_lora_weight: bool = False
 
 
-class UnloadLoRAAdapterRequest(BaseModel):
+class UnloadLoRAAdapterRequest(AdminFields):
     """`lora_int_id` is vLLM's internal number; it is accepted and says nothing here."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True)
 
     lora_name: str = Field("", max_length=512)
     lora_int_id: int | None = None
@@ -46,15 +42,15 @@ class UnloadLoRAAdapterRequest(BaseModel):
 async def load_lora_adapter(body: LoadLoRAAdapterRequest, context: Context) -> Response:
     name = body.lora_name
     if not name or not body.lora_path:
-        return _error(400, "Both 'lora_name' and 'lora_path' must be provided.")
+        return _error(context, 400, "Both 'lora_name' and 'lora_path' must be provided.")
     if name in context.adapters.names.base_names:
-        return _error(400, f"The lora adapter '{name}' conflicts with a served base model.")
+        return _error(context, 400, f"The lora adapter '{name}' conflicts with a served base model.")
     if body.is_3d_lora_weight:
-        return _error(400, "'is_3d_lora_weight' is not supported; weights are one matrix pair per module.")
+        return _error(context, 400, "'is_3d_lora_weight' is not supported; weights are one matrix pair per module.")
     try:
         await context.adapters.load(name, body.lora_path, load_inplace=body.load_inplace)
     except AdapterError as error:
-        return _load_failed(name, error)
+        return _load_failed(context, name, error)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
@@ -62,32 +58,32 @@ async def load_lora_adapter(body: LoadLoRAAdapterRequest, context: Context) -> R
 async def unload_lora_adapter(body: UnloadLoRAAdapterRequest, context: Context) -> Response:
     name = body.lora_name
     if not name:
-        return _error(400, "'lora_name' needs to be provided to unload a LoRA adapter.")
+        return _error(context, 400, "'lora_name' needs to be provided to unload a LoRA adapter.")
     try:
         await context.adapters.unload(name)
     except AdapterNotFound as error:
-        return _error(404, f"The lora adapter '{name}' cannot be found.", code=error.code)
+        return _error(context, 404, f"The lora adapter '{name}' cannot be found.", code=error.code)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
-def _load_failed(name: str, error: AdapterError) -> Response:
+def _load_failed(context: ServerContext, name: str, error: AdapterError) -> Response:
     match error:
         case AdapterRefused():
-            return _reply(error.status, refusal_body(error, error_type=_INVALID))
+            return _reply(context, error.status, refusal_body(error, error_type=_INVALID))
         case AdapterAlreadyLoaded():
             message = (
                 f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
                 "'load_inplace' to True."
             )
-            return _error(error.status, message, code=error.code)
+            return _error(context, error.status, message, code=error.code)
         case _:
-            return _error(error.status, str(error), code=error.code)
+            return _error(context, error.status, str(error), code=error.code)
 
 
-def _error(status: int, message: str, *, code: str | None = None) -> Response:
+def _error(context: ServerContext, status: int, message: str, *, code: str | None = None) -> Response:
     error_type = _NOT_FOUND if status == 404 else _INVALID
-    return _reply(status, error_body(message, error_type=error_type, code=code))
+    return _reply(context, status, error_body(message, error_type=error_type, code=code))
 
 
-def _reply(status: int, body: dict[str, Any]) -> Response:
-    return JSONResponse({**body, "message": body["error"]["message"]}, status_code=status)
+def _reply(context: ServerContext, status: int, body: dict[str, Any]) -> Response:
+    return error_reply(context.metrics, status, {**body, "message": body["error"]["message"]})

@@ -42,6 +42,7 @@ class KeepingEngine(FakeAsyncEngine):
 class AdapterWorld:
     engine: KeepingEngine
     service: AdapterService
+    metrics: Metrics
     client: httpx.AsyncClient
     folder: Path
 
@@ -68,7 +69,7 @@ async def adapter_world(folder: Path, http: HTTPConfig | None = None) -> AsyncIt
     )
     transport = httpx.ASGITransport(create_app(context))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        yield AdapterWorld(engine, service, client, folder)
+        yield AdapterWorld(engine, service, metrics, client, folder)
     await service.settle()
     service.check_integrity()
     assert set(engine.kept.host) == {info.ref.version for info in service.registry.list()}

@@ -53,6 +53,19 @@ async def test_delete_while_in_use_drains(tmp_path: Path) -> None:
 
 
 @pytest.mark.asyncio
+async def test_delete_of_one_of_two_names_drains_nothing(tmp_path: Path) -> None:
+    async with adapter_world(tmp_path) as world:
+        folder = world.adapter("a")
+        for name in ("sql", "alias"):
+            assert (await post(world, name=name, source=folder, load_inplace=None))[0] == 201
+        lease = world.service.acquire("alias")
+        assert lease is not None
+        assert (await world.client.delete("/v1/adapters/sql")).json()["state"] == "unloaded"
+        assert (await world.client.delete("/v1/adapters/alias")).json()["state"] == "draining"
+        lease.release()
+
+
+@pytest.mark.asyncio
 async def test_refusal_says_what_and_why(tmp_path: Path) -> None:
     async with adapter_world(tmp_path) as world:
         folder = world.adapter("a")
@@ -64,6 +77,13 @@ async def test_refusal_says_what_and_why(tmp_path: Path) -> None:
         assert error["code"] == "adapter_unsupported"
         assert "use_dora" in error["feature"]
         assert error["fix"] and error["why"] in error["message"]
+        assert num_errors(world, 400, "adapter_unsupported") == 1
+
+
+def num_errors(world: AdapterWorld, status: int, code: str) -> float:
+    labels = f'{{code="{code}",model_name="org/base",status="{status}"}}'
+    (line,) = [each for each in world.metrics.render().decode().splitlines() if f"errors_total{labels}" in each]
+    return float(line.rpartition(" ")[2])
 
 
 @pytest.mark.asyncio
@@ -77,6 +97,7 @@ async def test_refusal_says_what_and_why(tmp_path: Path) -> None:
         ({"name": 3, "source": "a"}, 400, None),
         ({"name": "sql", "source": "x" * 5000}, 400, None),
         ({"name": "sql", "source": "a", "load_inplace": "yes"}, 400, None),
+        ({"name": None, "source": "a"}, 400, None),
     ],
 )
 async def test_bad_requests(tmp_path: Path, body: dict[str, Any], status: int, code: str | None) -> None:

@@ -15,6 +15,7 @@ from tests.api.fakes import BASE
 
 EXPECTED_ROLES = {
     "GET /health": Role.PUBLIC,
+    "HEAD /health": Role.PUBLIC,
     "GET /version": Role.PUBLIC,
     "GET /metrics": Role.PUBLIC,
     "GET /v1/models": Role.INFERENCE,
@@ -87,6 +88,7 @@ async def test_the_matrix(config: HTTPConfig, role: Role, statuses: tuple[int, .
             if status != 200:
                 error = response.json()["error"]
                 assert set(error) == {"message", "type", "param", "code"}
+                assert response.headers.get("www-authenticate") == ("Bearer" if status == 401 else None)
                 assert error["code"] == ("insufficient_permissions" if status == 403 else "invalid_api_key")
 
 

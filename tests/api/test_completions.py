@@ -225,4 +225,11 @@ async def test_metrics_see_each_choice_end(client: httpx.AsyncClient, world: Wor
     await complete(client, n=2)
     await complete(client, stop="quick")
     rendered = world.context.metrics.render().decode()
-    assert 'vllm:request_success_total{finished_reason="stop",model_name="tiny"} 3.0' in rendered
+    assert 'vllm:request_success_total{engine="0",finished_reason="stop",model_name="tiny"} 3.0' in rendered
+
+
+async def test_min_tokens_hold_stop_strings_back(client: httpx.AsyncClient, world: World) -> None:
+    num_tokens = len(world.engine.tokenizer.encode("The quick brown"))
+    for min_tokens, text in ((0, "The quick br"), (num_tokens, "The quick brown f")):
+        body = await complete(client, stop="o", min_tokens=min_tokens)
+        assert (body["choices"][0]["text"], body["choices"][0]["finish_reason"]) == (text, "stop")

@@ -1,5 +1,6 @@
 """Whatever goes wrong, the reply has OpenAI's four keys, the right status, and nothing of what the client sent."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -188,3 +189,20 @@ def test_a_megabyte_of_headers_is_refused(live: LiveServer) -> None:
     assert 400 <= status < 500
     assert live.world.engine.requests == []
     assert httpx.get(live.url + "/health").status_code == 200
+
+
+@pytest.mark.asyncio
+async def test_a_body_that_stalls_is_given_up(
+    client: httpx.AsyncClient, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.api.json_request.STALL_SECONDS", 0.05)
+
+    async def stalling() -> AsyncIterator[bytes]:
+        yield b'{"model": '
+        await asyncio.sleep(30)
+        yield b'"tiny", "prompt": "x"}'
+
+    response = await client.post(COMPLETIONS, content=stalling(), headers=JSON)
+    check(response, 408, "request_timeout")
+    assert response.headers["connection"] == "close"
+    assert world.engine.requests == []

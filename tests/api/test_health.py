@@ -20,9 +20,11 @@ async def test_open_without_a_key(tmp_path: Path) -> None:
 async def test_health_follows_the_engine(tmp_path: Path) -> None:
     async with adapter_world(tmp_path) as world:
         assert (await world.client.get("/health")).json() == {"status": "ok"}
+        assert (await world.client.head("/health")).status_code == 200
         world.engine.is_healthy = False
         reply = await world.client.get("/health")
         assert reply.status_code == 503
+        assert (await world.client.head("/health")).status_code == 503
         assert reply.json()["error"]["code"] == "server_unavailable"
         assert "retry-after" in reply.headers
 

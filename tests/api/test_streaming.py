@@ -108,11 +108,12 @@ async def test_a_failure_in_mid_stream_is_an_error_event_and_no_done(
     assert set(chunks[-1]["error"]) == {"message", "type", "param", "code"}
     assert "0x" not in json.dumps(chunks)
     assert len(chunks) > 1
+    assert f'loramux:errors_total{{code="{code}",model_name="tiny",status="50' in rendered(world)
 
 
 @pytest.mark.asyncio
 async def test_an_unforeseen_failure_in_mid_stream_tells_nothing(
-    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+    client: httpx.AsyncClient, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def explode(*_: Any, **__: Any) -> None:
         raise RuntimeError("secret path")
@@ -122,6 +123,11 @@ async def test_an_unforeseen_failure_in_mid_stream_tells_nothing(
     assert chunks == [chunks[0]]
     assert chunks[0]["error"]["code"] == "internal_error"
     assert "secret" not in json.dumps(chunks)
+    assert 'loramux:errors_total{code="internal_error",model_name="tiny",status="500"} 1.0' in rendered(world)
+
+
+def rendered(world: World) -> str:
+    return world.context.metrics.render().decode()
 
 
 class Client:
@@ -169,7 +175,7 @@ async def test_a_client_that_leaves_takes_its_requests_with_it(world: World, n: 
     assert world.adapters.open_leases == []
     assert all(each.is_aborted for each in world.engine.streams)
     rendered = world.context.metrics.render().decode()
-    assert f'vllm:request_success_total{{finished_reason="abort",model_name="tiny"}} {n}.0' in rendered
+    assert f'vllm:request_success_total{{engine="0",finished_reason="abort",model_name="tiny"}} {n}.0' in rendered
 
 
 @pytest.mark.asyncio

@@ -51,6 +51,8 @@ async def test_errors_as_in_vllm(tmp_path: Path) -> None:
         cases: list[tuple[Any, int, str, str]] = [
             (load(world, lora_name="", lora_path=path), 400, invalid, both),
             (load(world, lora_name="x"), 400, invalid, both),
+            (load(world, lora_name=None, lora_path=path), 400, invalid, both),
+            (load(world, lora_name="x", lora_path=None, load_inplace=None), 400, invalid, both),
             (
                 load(world, lora_name="org/base", lora_path=path),
                 400,
@@ -59,6 +61,7 @@ async def test_errors_as_in_vllm(tmp_path: Path) -> None:
             ),
             (load(world, lora_name="sql", lora_path=world.adapter("b", seed=1)), 400, invalid, taken),
             (load(world, lora_name="x", lora_path=str(tmp_path / "no")), 404, "NotFoundError", "no"),
+            (unload(world, lora_name=None), 400, invalid, "'lora_name' needs to be provided to unload a LoRA adapter."),
             (unload(world), 400, invalid, "'lora_name' needs to be provided to unload a LoRA adapter."),
             (unload(world, lora_name="x"), 404, "NotFoundError", "The lora adapter 'x' cannot be found."),
             (load(world, lora_name="x", lora_path=path, is_3d_lora_weight=True), 400, invalid, "is_3d_lora_weight"),
@@ -70,6 +73,8 @@ async def test_errors_as_in_vllm(tmp_path: Path) -> None:
             assert message == error["message"] or (len(message) < 20 and message in error["message"])
             assert body["message"] == error["message"]
             assert {"message", "type", "param", "code"} <= error.keys()
+        counted = [line for line in world.metrics.render().decode().splitlines() if "errors_total{" in line]
+        assert sum(float(line.rpartition(" ")[2]) for line in counted) == len(cases)
 
 
 @pytest.mark.asyncio

@@ -416,10 +416,10 @@ async def test_gauges_tell_running_from_waiting(world: World, tmp_path: Path) ->
     world.engine.stats = EngineStats(running_versions=(runs,), waiting_versions=(waits,), active_versions=(runs,))
     world.metrics.observe_step(world.engine.stats)
     text = world.metrics.render().decode()
-    labels = 'max_lora="10",model_name="org/base",running_lora_adapters="runs",waiting_lora_adapters="waits"'
+    labels = 'engine="0",max_lora="10",model_name="org/base",running_lora_adapters="runs",waiting_lora_adapters="waits"'
     assert sample(text, f"vllm:lora_requests_info{{{labels}}}") == pytest.approx(time.time(), abs=60)
-    assert sample(text, 'vllm:lora_adapter_loaded{adapter_name="runs",level="gpu",') == 1
-    assert sample(text, 'vllm:lora_adapter_loaded{adapter_name="idle",level="cpu",') == 1
+    assert sample(text, 'vllm:lora_adapter_loaded{adapter_name="runs",engine="0",level="gpu",') == 1
+    assert sample(text, 'vllm:lora_adapter_loaded{adapter_name="idle",engine="0",level="cpu",') == 1
     assert sample(text, "vllm:num_gpu_loaded_lora_adapters") == 1
     assert sample(text, "vllm:num_cpu_loaded_lora_adapters") == 3
     assert sample(text, "vllm:max_gpu_lora_adapters") == 64 // 6

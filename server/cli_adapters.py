@@ -18,7 +18,10 @@ _URL = f"http://{HTTPConfig().host}:{HTTPConfig().port}"
 _COLUMNS = ("name", "version", "rank", "size", "state", "in use", "source")
 
 Url = Annotated[str, Parameter(help="The running server.")]
-AdminKey = Annotated[str | None, Parameter(help="The server's admin key, or its only key.")]
+AdminKey = Annotated[
+    str | None,
+    Parameter(env_var=["LORAMUX_ADMIN_API_KEY", "LORAMUX_API_KEY"], help="The server's admin key, or its only key."),
+]
 
 
 def list_command(*, url: Url = _URL, admin_api_key: AdminKey = None) -> None:
@@ -30,6 +33,7 @@ def list_command(*, url: Url = _URL, admin_api_key: AdminKey = None) -> None:
 def load_command(
     name: str,
     source: Path,
+    /,
     *,
     load_inplace: Annotated[bool, Parameter(negative="")] = False,
     url: Url = _URL,
@@ -51,7 +55,7 @@ def load_command(
     show_adapters([adapter], Console())
 
 
-def unload_command(name: str, *, url: Url = _URL, admin_api_key: AdminKey = None) -> None:
+def unload_command(name: str, /, *, url: Url = _URL, admin_api_key: AdminKey = None) -> None:
     """Take an adapter's name away at once; requests under way finish.
 
     Parameters

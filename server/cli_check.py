@@ -26,6 +26,7 @@ _LIMITS = LoRALimits()
 
 def check_command(
     folder: Path,
+    /,
     *,
     model: str | None = None,
     revision: str | None = None,

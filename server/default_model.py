@@ -35,16 +35,23 @@ class ModelUnavailable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModel:
-    """A base model on disk and the name it is served by when no other was chosen."""
+    """A base model on disk and the name it is served by when no other was chosen; clients may say `alias` too."""
 
     folder: Path
     name: str
+    alias: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,) if self.alias is None else (self.name, self.alias)
 
 
 def resolve_model(model: str | None, revision: str | None = None, *, notify: Notify = print) -> ResolvedModel:
     """The folder of `model`: None is the installed default, a path is taken as it is, anything else is a hub id."""
     if model is None or (model == DEFAULT_MODEL and revision is None and _wheel_gguf() is not None):
-        return ResolvedModel(default_model_folder(notify=notify), DEFAULT_MODEL.rpartition("/")[2])
+        short = DEFAULT_MODEL.rpartition("/")[2]
+        names = (short, DEFAULT_MODEL) if model is None else (DEFAULT_MODEL, short)
+        return ResolvedModel(default_model_folder(notify=notify), *names)
     folder = Path(model).expanduser()
     if folder.is_dir():
         return _local(folder)

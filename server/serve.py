@@ -29,7 +29,7 @@ from server.api.auth import check_binding
 from server.api.context import ServerContext
 from server.api.h11_protocol import h11_protocol
 from server.async_engine import AsyncEngine
-from server.config import HTTPConfig, ServerConfig
+from server.config import HTTPConfig, SchedulerConfig, ServerConfig
 from server.default_model import ResolvedModel, resolve_model
 from server.engine.base_model import load_base_model
 from server.engine.engine import Engine
@@ -64,6 +64,7 @@ def serve(config: ServerConfig, console: Console) -> None:
     """Serve until SIGTERM or SIGINT. Raises StartupRefused, ModelUnavailable, ModelRefused."""
     try:
         check_binding(config.http)
+        _check_budget(config.engine.scheduler)
     except ValueError as error:
         raise StartupRefused(str(error)) from error
     if not console.is_terminal:
@@ -73,6 +74,15 @@ def serve(config: ServerConfig, console: Console) -> None:
         resolved = resolve_model(model.model, model.revision, notify=console.print)
         engine, tokenizer = _load_model(config, resolved)
         asyncio.run(_Running(config, resolved, engine, tokenizer, sock, console).run())
+
+
+def _check_budget(scheduler: SchedulerConfig) -> None:
+    """Every running request must get its token in every step, or the last ones would stand still."""
+    if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
+        raise ValueError(
+            f"--max-num-batched-tokens {scheduler.max_num_batched_tokens} is under --max-num-seqs "
+            f"{scheduler.max_num_seqs}, a token for each request of a step; raise the one or lower the other"
+        )
 
 
 def _load_model(config: ServerConfig, resolved: ResolvedModel) -> tuple[Engine, Tokenizer]:
@@ -99,7 +109,7 @@ class _Running:
         console: Console,
     ) -> None:
         self.config = config
-        self.names = config.served_model_names or (resolved.name,)
+        self.names = config.served_model_names or resolved.names
         self.ready_engine = engine
         self.tokenizer = tokenizer
         self.sock = sock

@@ -104,3 +104,9 @@ def test_conclusion_is_the_ratio_of_medians(peer: list[float], status: int, tmp_
     ratio = 96.0 / sorted(peer)[1]
     assert f"medians: **{ratio:.2f}**" in (tmp_path / "table.md").read_text()
     assert len(list(tmp_path.glob("*.json"))) == 1
+
+
+def test_without_a_peer_it_fails_unless_told_to_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.servers, "find_llama_server", lambda _: None)
+    with pytest.raises(LoadTestFailed, match="nothing to compare with.*--alone"):
+        bench.bench(bench.BenchSettings())

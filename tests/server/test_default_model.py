@@ -27,7 +27,8 @@ def test_default_is_converted_with_template_and_end_of_turn(default_model_folder
 def test_default_is_found_by_no_name_and_by_its_own(model: str | None, default_model_folder: Path) -> None:
     resolved = resolve_model(model)
     assert resolved.folder == default_model_folder
-    assert resolved.name == "SmolLM2-135M-Instruct"
+    assert resolved.name == (model or "SmolLM2-135M-Instruct"), "a model is served by the name it was asked by"
+    assert set(resolved.names) == {"SmolLM2-135M-Instruct", DEFAULT_MODEL}
 
 
 def test_local_folder_is_served_under_its_name(tmp_path: Path) -> None:

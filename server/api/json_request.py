@@ -14,6 +14,7 @@ from typing import Any, Self
 import pydantic_core
 from starlette.requests import ClientDisconnect, Request
 
+from server.api.disconnect import ClientGone
 from server.errors import BadRequest, BodyTooLarge, ServerError
 
 MAX_JSON_NODES = 32_768
@@ -38,7 +39,7 @@ class JSONRequest(Request):
 
     @classmethod
     async def read(cls, request: Request, *, max_bytes: int) -> Self:
-        """Read and parse; raise BodyTooLarge as soon as the size is known, BodyTooSlow, or BadRequest."""
+        """Read and parse; raise BodyTooLarge as soon as the size is known, BodyTooSlow, ClientGone, or BadRequest."""
         _check_headers(request, max_bytes)
         body = await _read_body(request, max_bytes)
         parsed = cls(request.scope, request.receive)
@@ -94,7 +95,7 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
                 raise _too_large(max_bytes)
             chunks.append(chunk)
     except ClientDisconnect as error:
-        raise BadRequest("The client went away before its request was complete.") from error
+        raise ClientGone from error
     return b"".join(chunks)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -206,3 +207,16 @@ async def test_a_body_that_stalls_is_given_up(
     check(response, 408, "request_timeout")
     assert response.headers["connection"] == "close"
     assert world.engine.requests == []
+
+
+def test_a_client_that_leaves_its_body_unfinished_is_no_error(live: LiveServer) -> None:
+    address = httpx.URL(live.url)
+    with socket.create_connection((address.host, address.port or 0)) as sock:
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n"
+        )
+        sock.sendall(head + b"{")
+        assert httpx.get(live.url + "/nowhere").status_code == 404
+    assert httpx.get(live.url + "/nowhere").status_code == 404
+    errors = [line for line in live.world.context.metrics.render().decode().splitlines() if "errors_total{" in line]
+    assert errors == ['loramux:errors_total{code="not_found",model_name="tiny",status="404"} 2.0']

@@ -17,8 +17,9 @@ from adapters.errors import AdapterError, AdapterRefused
 from adapters.module_names import BaseModules, linears_of
 from server.cli_failure import CommandFailed
 from server.cli_options import Count
-from server.config import LoRALimits
+from server.config import LoRALimits, ModelConfig
 from server.default_model import ModelUnavailable, resolve_model
+from server.engine.base_model import compute_dtype
 from server.memory_size import format_memory
 
 _LIMITS = LoRALimits()
@@ -78,7 +79,7 @@ def outline(model_folder: Path) -> tuple[BaseModules, torch.dtype]:
     config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return linears_of(model), torch.float32 if config.dtype in (None, torch.float32) else torch.bfloat16
+    return linears_of(model), compute_dtype(ModelConfig().dtype, config)
 
 
 def _print_verdict(loaded: LoadedAdapter, folder: Path, base: BaseModules, as_json: bool, console: Console) -> None:

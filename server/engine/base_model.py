@@ -72,7 +72,7 @@ def load_base_model(folder: Path, name: str, settings: ModelConfig) -> BaseModel
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     device = _device(settings.device)
     torch.set_num_threads(_num_threads(settings.cpu_threads))
-    dtype = _dtype(settings.dtype, config)
+    dtype = compute_dtype(settings.dtype, config)
     model = _load_weights(folder, config, settings, dtype).eval().requires_grad_(False)
     nn.Module.to(model, device)  # model.to itself is wrapped by transformers in a way that loses its type
     max_model_len = _max_model_len(name, config, settings.max_model_len)
@@ -145,7 +145,7 @@ def _num_threads(wanted: int | None) -> int:
     return wanted or max(1, len(os.sched_getaffinity(0)) - 1)
 
 
-def _dtype(wanted: str, config: PreTrainedConfig) -> torch.dtype:
+def compute_dtype(wanted: str, config: PreTrainedConfig) -> torch.dtype:
     """float32 or bfloat16; a checkpoint in anything else (float16 too) is served in bfloat16."""
     if wanted == "auto":
         return torch.float32 if config.dtype in (torch.float32, None) else torch.bfloat16

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -158,12 +159,17 @@ def test_hostile_folders_are_refused_and_change_nothing(
     plain, listed = answer(client, BASE), names_and_versions(server)
     with torch.device("meta"):
         base = linears_of(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(default_model_folder)))
-    for case in hostile.HOSTILE:
-        folder = tmp_path / case.name
-        case.build(hostile.draft(folder, base))
-        reply = httpx.post(server.url + "/v1/adapters", json={"name": "evil", "source": str(folder)}, timeout=60)
-        assert 400 <= reply.status_code < 500, (case.name, reply.text)
-        assert reply.json()["error"]["code"] == case.code, (case.name, reply.text)
+    meanwhile: list[str] = []
+    with ThreadPoolExecutor(1) as elsewhere:
+        for case in hostile.HOSTILE:
+            answering = elsewhere.submit(answer, client, BASE)
+            folder = tmp_path / case.name
+            case.build(hostile.draft(folder, base))
+            reply = httpx.post(server.url + "/v1/adapters", json={"name": "evil", "source": str(folder)}, timeout=60)
+            assert 400 <= reply.status_code < 500, (case.name, reply.text)
+            assert reply.json()["error"]["code"] == case.code, (case.name, reply.text)
+            meanwhile.append(answering.result())
+    assert set(meanwhile) == {plain}, "a request beside a hostile load answered otherwise"
     assert names_and_versions(server) == listed
     assert answer(client, BASE) == plain
 

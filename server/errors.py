@@ -6,6 +6,7 @@ ServerError
 ├── InvalidAPIKey              401 invalid_api_key
 ├── Forbidden                  403 insufficient_permissions
 ├── ModelNotFound              404 model_not_found
+├── BodyTooSlow                408 request_timeout: nothing of the body came for a while
 ├── BodyTooLarge               413 request_too_large
 ├── QueueFull                  429 rate_limit_exceeded, with Retry-After
 ├── Unavailable                503 server_unavailable (starting or draining), with Retry-After
@@ -54,6 +55,12 @@ class ModelNotFound(ServerError):
     status = 404
     error_type = "invalid_request_error"
     code = "model_not_found"
+
+
+class BodyTooSlow(ServerError):
+    status = 408
+    error_type = "invalid_request_error"
+    code = "request_timeout"
 
 
 class BodyTooLarge(ServerError):

@@ -8,24 +8,22 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
+from server.api.answer import answer
 from server.api.auth import Role, role_router
 from server.api.context import ServerContext, server_context
-from server.api.disconnect import run_while_connected
 from server.api.generation import (
     ChoiceDelta,
     ChoiceResult,
     Generation,
     GenerationSpec,
     Prompt,
-    collect,
     start_generation,
 )
 from server.api.protocol import DEFAULT_COMPLETION_TOKENS, CompletionRequest
-from server.api.replies import CompletionLogprobs, Envelope, adapter_headers, usage_body
+from server.api.replies import CompletionLogprobs, Envelope, usage_body
 from server.api.sampling import check_choices, check_token_ids, max_tokens_within, sampling_params
-from server.api.sse import SSEResponse
 from server.errors import BadRequest
 
 router = role_router(Role.INFERENCE)
@@ -41,14 +39,7 @@ async def create_completion(
     generation = await start_generation(context, body.model, lambda: _prepare(context, body))
     envelope = Envelope.new(context, prefix="cmpl", kind="text_completion", model=body.model)
     writer = _Writer(context, body, generation, envelope)
-    headers = adapter_headers(generation)
-    if body.stream:
-        return SSEResponse(writer.chunks(), close=generation.close, count_error=context.metrics.error, headers=headers)
-    try:
-        results = await run_while_connected(request.receive, collect(generation))
-    finally:
-        generation.close()
-    return JSONResponse(writer.reply(results), headers=headers)
+    return await answer(request, generation, writer, is_stream=body.stream, count_error=context.metrics.error)
 
 
 async def _prepare(context: ServerContext, body: CompletionRequest) -> GenerationSpec:

@@ -15,7 +15,7 @@ import pydantic_core
 from starlette.requests import ClientDisconnect, Request
 
 from server.api.disconnect import ClientGone
-from server.errors import BadRequest, BodyTooLarge, ServerError
+from server.errors import BadRequest, BodyTooLarge, BodyTooSlow
 
 MAX_JSON_NODES = 32_768
 """Lists, objects and keys of one body. Each costs memory to track: a megabyte of "[7],[7],…" would hold up the event
@@ -24,14 +24,6 @@ loop, and every stream on it, for as long as a thousand tokens take."""
 STALL_SECONDS = 10.0  # between two pieces of a body; a client that sends nothing for so long holds a place for nothing
 
 _JSON_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-
-
-class BodyTooSlow(ServerError):
-    """The client stopped sending in the middle of its request."""
-
-    status = 408
-    error_type = "invalid_request_error"
-    code = "request_timeout"
 
 
 class JSONRequest(Request):

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 KEEP_ALIVE_SECONDS = 15.0  # a comment when nothing was sent for so long, lest a proxy gives up on a queued request
 STALL_SECONDS = 30.0  # a client that does not read for so long is gone
 
+CountError = Callable[[int, str | None], None]
+"""Counts one error by status and code."""
+
 _DONE = format_sse_event(data_str="[DONE]")
 _KEEP_ALIVE = format_sse_event(comment="keep-alive")
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -39,7 +42,7 @@ class SSEResponse(StreamingResponse):
         chunks: AsyncIterator[dict[str, Any]],
         *,
         close: Callable[[], None],
-        count_error: Callable[[int, str | None], None],
+        count_error: CountError,
         headers: Mapping[str, str],
     ) -> None:
         super().__init__(_events(chunks, count_error), headers={**_HEADERS, **headers})
@@ -79,9 +82,7 @@ def _event(payload: Mapping[str, Any]) -> bytes:
     return format_sse_event(data_str=json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
 
 
-async def _events(
-    chunks: AsyncIterator[dict[str, Any]], count_error: Callable[[int, str | None], None]
-) -> AsyncIterator[bytes]:
+async def _events(chunks: AsyncIterator[dict[str, Any]], count_error: CountError) -> AsyncIterator[bytes]:
     """An error is counted under the status it would have had, had the reply not begun with 200."""
     try:
         async for chunk in chunks:

@@ -1,8 +1,8 @@
 """Linears whose weight lies in memory the way the CPU's matrix kernels read it, packed once at load by oneDNN.
 
 A plain bfloat16 linear reorders its weight on every call, which for a handful of rows costs more than the product.
-Packed ones are 1.3 to 1.7 times as fast at 1 to 32 rows, and every row of the product has the same bits whatever rows
-stand beside it. float32 stays plain, to sum in the very order of the model's own forward; so does everything on a
+Packed ones were 1.15 to 1.75 times as fast at 1 to 32 rows, and every row has the same bits whatever rows stand
+beside it. float32 stays plain, to sum in the very order of the model's own forward; so does everything on a
 processor for which oneDNN cannot pack. Knows nothing of LoRA.
 """
 

@@ -39,11 +39,14 @@ class LinearShape:
 
 @dataclass(frozen=True, slots=True)
 class BaseModules:
-    """`linears`: every module LoRA may target, by full name; `excluded`: those it may not, name → why. Disjoint."""
+    """`linears`: every module LoRA may target, by full name; `excluded`: those it may not, name → why. Disjoint.
+    `groups`: linears that read one and the same input, such as q, k and v; what is in none stands alone.
+    """
 
     model_type: str
     linears: Mapping[str, LinearShape]
     excluded: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    groups: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

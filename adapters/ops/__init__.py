@@ -7,16 +7,19 @@ from typing import cast
 import torch
 
 from adapters.ops import reference
-from adapters.ops.interface import BoundLoRA, LoRAOps
+from adapters.ops.interface import BoundLoRA, LoRAOps, LoRAPools
 
-__all__ = ["BoundLoRA", "LoRAOps", "select"]
+__all__ = ["BoundLoRA", "LoRAOps", "LoRAPools", "select"]
 
 # numba is looked for, not demanded: the package imports where only torch is installed.
 _CPU = "adapters.ops.cpu" if find_spec("numba") else "adapters.ops.reference"
+_GPU = "adapters.ops.gpu" if find_spec("triton") else "adapters.ops.reference"
 
 
 def select(device: torch.device) -> LoRAOps:
     """The fastest implementation for tensors on `device`; the reference where there is none of its own."""
     if device.type == "cpu":
         return cast(LoRAOps, importlib.import_module(_CPU))
-    return reference
+    if device.type == "cuda":
+        return cast(LoRAOps, importlib.import_module(_GPU))
+    return cast(LoRAOps, reference)

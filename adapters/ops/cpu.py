@@ -5,12 +5,11 @@ addresses of x and y, because making numpy views and resolving types on each of 
 the arithmetic of a small batch. Nothing is checked inside: `check_tokens` and `LoRABatch.build` stand before it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import numba
 import numpy as np
-import numpy.typing as npt
 import torch
 from numba import prange, types
 from numba.np.numpy_support import carray, from_dtype
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from adapters.lora_batch import LoRABatch, Segment
 from adapters.ops.bf16 import STORAGE, as_numpy, narrow, pointer, widen
-from adapters.ops.interface import check_tokens
+from adapters.ops.interface import LoRAPools, check_tokens
 from adapters.ops.numba_kernels import OPTIONS, available_threads, entry_point, kernel, use_threads
 
 PARALLEL_WIDTH = 4096
@@ -92,59 +91,57 @@ def _compiled(dtype: torch.dtype, parallel: bool) -> Callable[..., None]:
 
 
 class CPULoRA:
-    """One module's pools with their numpy views, taken once because pools never move."""
+    """One group's pools with their numpy views, taken once because pools never move."""
 
-    __slots__ = ("_a_pool", "_b_pool", "_num_threads", "_parallel", "_parallel_rows", "_ranks", "_serial", "_views")
+    __slots__ = ("_modules", "_num_threads", "_parallel", "_parallel_rows", "_pools", "_serial")
 
-    def __init__(self, a_pool: Tensor, b_pool: Tensor, ranks: npt.NDArray[np.int32]) -> None:
-        if a_pool.dtype not in STORAGE or b_pool.dtype is not a_pool.dtype:
-            raise ValueError(
-                f"LoRA pools of {a_pool.dtype} and {b_pool.dtype} cannot be served on CPU: "
-                "load the base model in bfloat16 or float32"
-            )
-        if not (a_pool.is_contiguous() and b_pool.is_contiguous() and ranks.flags.c_contiguous):
-            raise ValueError("LoRA pools and ranks must be contiguous")
-        self._a_pool = a_pool  # [R, in_features]
-        self._b_pool = b_pool  # [R, out_features]
-        self._ranks = ranks  # [R]
-        self._views = (as_numpy(a_pool), as_numpy(b_pool), ranks)
+    def __init__(self, pools: LoRAPools) -> None:
+        dtype = pools.a_pool.dtype
+        if dtype not in STORAGE:
+            raise ValueError(f"LoRA pools of {dtype} cannot be served on CPU: load the base in bfloat16 or float32")
+        self._pools = pools
+        a_views, ranks = as_numpy(pools.a_pool), pools.ranks.numpy()
+        self._modules = [(a_views[m], as_numpy(b_pool), ranks[m]) for m, b_pool in enumerate(pools.b_pools)]
         self._num_threads = available_threads()
-        self._serial = _compiled(a_pool.dtype, False)
-        self._parallel = _compiled(a_pool.dtype, True) if self._num_threads > 1 else self._serial
-        self._parallel_rows = max(2, -(-PARALLEL_WIDTH // (a_pool.shape[1] + b_pool.shape[1])))
+        self._serial = _compiled(dtype, False)
+        self._parallel = _compiled(dtype, True) if self._num_threads > 1 else self._serial
+        self._parallel_rows = [max(2, -(-PARALLEL_WIDTH // (pools.in_features + out))) for out in pools.out_features]
 
-    def add(self, y: Tensor, x: Tensor, batch: LoRABatch) -> None:
-        """y[t] += Σ_e weight_e · (x[t] · Aᵀ) · B for the tokens that have entries; the rest keep their bits."""
-        dtype, in_features = self._a_pool.dtype, self._a_pool.shape[1]
-        check_tokens(y, x, batch, in_features, self._b_pool.shape[1])
-        if x.dtype is not dtype or y.dtype is not dtype or not y.is_contiguous():
-            raise RuntimeError(f"LoRA pools of {dtype} met x of {x.dtype} and y of {y.dtype}; y must be contiguous")
+    def add(self, ys: Sequence[Tensor], x: Tensor, batch: LoRABatch) -> None:
+        """y_m[t] += Σ_e weight_e · (x[t] · A_mᵀ) · B_m for the tokens that have entries; the rest keep their bits."""
+        dtype, in_features = self._pools.a_pool.dtype, self._pools.in_features
+        check_tokens(ys, x, batch.num_tokens, self._pools)
+        if x.dtype is not dtype or any(y.dtype is not dtype or not y.is_contiguous() for y in ys):
+            raise RuntimeError(f"LoRA pools of {dtype} met x of {x.dtype} and y of {ys[0].dtype}; y must be contiguous")
         x_stride = in_features
         if not x.is_contiguous():
             x = _dense_rows(x)
             x_stride = x.stride(0)
         if len(batch.rows):
-            self._add_rows(y, x, x_stride, batch)
+            for module, y in enumerate(ys):
+                self._add_rows(module, y, x, x_stride, batch)
         if batch.segments:
-            y_rows, x_rows = y.view(-1, y.shape[-1]), x.view(-1, in_features)
-            for segment in batch.segments:
-                self._add_segment(y_rows, x_rows, segment)
+            x_rows = x.view(-1, in_features)
+            for module, y in enumerate(ys):
+                for segment in batch.segments:
+                    self._add_segment(module, y.view(-1, y.shape[-1]), x_rows, segment)
 
-    def _add_rows(self, y: Tensor, x: Tensor, x_stride: int, batch: LoRABatch) -> None:
+    def _add_rows(self, module: int, y: Tensor, x: Tensor, x_stride: int, batch: LoRABatch) -> None:
         run = self._serial
-        if self._num_threads > 1 and len(batch.rows) >= self._parallel_rows:
+        if self._num_threads > 1 and len(batch.rows) >= self._parallel_rows[module]:
             use_threads(self._num_threads)
             run = self._parallel
         step = (batch.rows, batch.indptr, batch.starts, batch.weights)
-        run(y.data_ptr(), x.data_ptr(), x_stride, *self._views, *step)
+        run(y.data_ptr(), x.data_ptr(), x_stride, *self._modules[module], *step)
 
-    def _add_segment(self, y: Tensor, x: Tensor, segment: Segment) -> None:
+    def _add_segment(self, module: int, y: Tensor, x: Tensor, segment: Segment) -> None:
         """y[begin:end] += weight · (x[begin:end] · Aᵀ) · B; the shrunk rows are rounded to x's dtype in between."""
-        end = segment.start + int(self._ranks[segment.start])
+        end = segment.start + int(self._modules[module][2][segment.start])
         if end == segment.start:
             return
-        shrunk = x[segment.begin : segment.end] @ self._a_pool[segment.start : end].T  # [n, r]
-        y[segment.begin : segment.end].addmm_(shrunk, self._b_pool[segment.start : end], alpha=segment.weight)
+        shrunk = x[segment.begin : segment.end] @ self._pools.a_pool[module, segment.start : end].T  # [n, r]
+        b_rows = self._pools.b_pools[module][segment.start : end]
+        y[segment.begin : segment.end].addmm_(shrunk, b_rows, alpha=segment.weight)
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -153,5 +150,9 @@ def _dense_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def bind(a_pool: Tensor, b_pool: Tensor, ranks: npt.NDArray[np.int32]) -> CPULoRA:
-    return CPULoRA(a_pool, b_pool, ranks)
+def bind(pools: LoRAPools) -> CPULoRA:
+    return CPULoRA(pools)
+
+
+def stage(batch: LoRABatch) -> LoRABatch:
+    return batch

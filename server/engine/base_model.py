@@ -8,7 +8,7 @@ import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from adapters.module_names import BaseModules, linears_of
+from adapters.shared_inputs import SharedInputs
 from server.config import ModelConfig
 from server.engine.attention import select_backend
 from server.engine.attention.interface import ATTENTION_NAME, KVLayer, LayerBinding, StepContext, bind
@@ -77,8 +78,11 @@ def load_base_model(folder: Path, name: str, settings: ModelConfig) -> BaseModel
     nn.Module.to(model, device)  # model.to itself is wrapped by transformers in a way that loses its type
     max_model_len = _max_model_len(name, config, settings.max_model_len)
     _pin_rope(model, max_model_len)
-    shapes, attention_layers = _discover_attention(model, name)
     modules = linears_of(model)
+    shared_inputs = SharedInputs()
+    with shared_inputs.watching({name: model.get_submodule(name) for name in modules.linears}):
+        shapes, attention_layers = _discover_attention(model, name)
+    modules = replace(modules, groups=shared_inputs.groups())
     pack_linears(model)
     context = StepContext(select_backend(device))
     bindings = tuple(LayerBinding(context) for _ in attention_layers)

@@ -20,5 +20,6 @@ class ModelRunner:
         input_ids = torch.from_numpy(batch.input_ids).to(device)
         positions = torch.from_numpy(batch.positions).to(device)
         indices = torch.from_numpy(batch.logits_indices).to(device)
-        with self.base.context.running(batch.attention), self.lora.applying(batch.lora):
+        lora = None if batch.lora is None else self.lora.ops.stage(batch.lora)
+        with self.base.context.running(batch.attention), self.lora.applying(lora):
             return self.base.forward(input_ids, positions, indices)

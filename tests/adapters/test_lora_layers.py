@@ -1,10 +1,9 @@
 """Swapped linears: PEFT is the oracle of the numbers, torch of what must not change."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,7 +17,7 @@ from adapters.lora_batch import LoRABatch, RowRanges
 from adapters.lora_layers import LoRALayers, rows_for_budget
 from adapters.lora_model import LoRAModel, LoRAWeights
 from adapters.module_names import BaseModules, LinearShape, linears_of
-from adapters.ops import reference
+from adapters.ops import LoRAPools, reference
 
 CPU_OPS = ops.select(torch.device("cpu"))
 NUM_ROWS, NUM_TOKENS = 40, 6
@@ -260,7 +259,7 @@ def test_a_later_adapter_takes_over_rows_and_leaves_nothing_of_the_earlier(net: 
 
 def test_check_integrity_sees_a_stray_rank(layers: LoRALayers) -> None:
     layers.write(0, one())
-    layers._modules["second"].ranks[3] = 2
+    layers._modules["second"].group.pools.ranks[0, 3] = 2
     with pytest.raises(AssertionError, match="second"):
         layers.check_integrity()
 
@@ -269,16 +268,19 @@ def test_no_adapter_in_a_module_runs_no_lora_code_there(net: Net, monkeypatch: p
     calls: list[str] = []
 
     class CountingOps:
-        def bind(self, a_pool: Tensor, b_pool: Tensor, ranks: np.ndarray) -> Any:
-            bound = reference.bind(a_pool, b_pool, ranks)
-            name = "first" if a_pool.shape[1] == 6 else "second"
+        def bind(self, pools: LoRAPools) -> Any:
+            bound = reference.bind(pools)
+            name = "first" if pools.in_features == 6 else "second"
 
             class Counting:
-                def add(self, y: Tensor, x: Tensor, batch: LoRABatch) -> None:
+                def add(self, ys: Sequence[Tensor], x: Tensor, batch: LoRABatch) -> None:
                     calls.append(name)
-                    bound.add(y, x, batch)
+                    bound.add(ys, x, batch)
 
             return Counting()
+
+        def stage(self, batch: LoRABatch) -> LoRABatch:
+            return batch
 
     layers = LoRALayers(net, BASE, num_rows=8, ops=CountingOps())
     layers.write(0, one())
@@ -323,7 +325,7 @@ def test_a_model_is_swapped_once_and_whole_or_not_at_all(net: Net) -> None:
 
 
 def test_bytes_per_row_are_those_of_the_pools(layers: LoRALayers) -> None:
-    pools = [pool for lora in layers._modules.values() for pool in (lora.a_pool, lora.b_pool)]
+    pools = [pool for group in layers._groups for pool in (group.pools.a_pool, *group.pools.b_pools)]
     num_bytes = sum(pool.numel() * pool.element_size() for pool in pools)
     assert layers.bytes_per_row(BASE, torch.float32) * 8 == num_bytes
     assert rows_for_budget(BASE, torch.float32, num_bytes) == 8

@@ -72,10 +72,17 @@ def assert_rounded_once(got: Tensor, want: Tensor) -> None:
     assert (got.double() - want).abs().le(limit).all()
 
 
+def bind(ops_module: ModuleType, pools: Pools) -> ops.BoundLoRA:
+    bound: ops.BoundLoRA = ops_module.bind(
+        ops.LoRAPools(a_pool=pools.a[None], b_pools=(pools.b,), ranks=torch.from_numpy(pools.ranks)[None])
+    )
+    return bound
+
+
 def run(ops_module: ModuleType, pools: Pools, y: Tensor, x: Tensor, batch: LoRABatch | None) -> Tensor:
     assert batch is not None
     y = y.clone()
-    ops_module.bind(pools.a, pools.b, pools.ranks).add(y, x, batch)
+    bind(ops_module, pools).add([y], x, batch)
     return y
 
 
@@ -230,13 +237,13 @@ torch.set_num_threads(2)
 import numba
 from adapters.lora_batch import LoRABatch
 from adapters.ops import cpu
-ranks = numpy.array([1], numpy.int32)
-bound = cpu.bind(torch.ones(1, 4096), torch.ones(1, 4096), ranks)
+ranks = torch.ones(1, 1, dtype=torch.int32)
+bound = cpu.bind(cpu.LoRAPools(torch.ones(1, 1, 4096), (torch.ones(1, 4096),), ranks))
 batch = LoRABatch.build([1] * 8, [((0, 1.0),)] * 8, min_segment=9)
 seen = []
 def step():
     y = torch.zeros(8, 4096)
-    bound.add(y, torch.ones(8, 4096), batch)
+    bound.add([y], torch.ones(8, 4096), batch)
     seen.append((torch.get_num_threads(), numba.get_num_threads(), numba.threading_layer(), float(y.min())))
 step()
 thread = threading.Thread(target=step)
@@ -260,21 +267,21 @@ def test_a_batch_of_other_tokens_is_refused_and_y_kept(implementation: ModuleTyp
     batch = LoRABatch.build([1, 1], [((0, 1.0),), ()], min_segment=2)
     assert batch is not None
     with pytest.raises(RuntimeError, match="LoRA batch of 2 tokens met x"):
-        implementation.bind(pools.a, pools.b, pools.ranks).add(y, x, batch)
+        bind(implementation, pools).add([y], x, batch)
     assert torch.equal(y, before)
 
 
 def test_cpu_refuses_what_it_cannot_read() -> None:
     pools = make_pools(4, torch.float32)
     with pytest.raises(ValueError, match="float16"):
-        cpu.bind(pools.a.half(), pools.b.half(), pools.ranks)
+        bind(cpu, Pools(pools.a.half(), pools.b.half(), pools.ranks, pools.starts))
     with pytest.raises(ValueError, match="contiguous"):
-        cpu.bind(pools.a.T.contiguous().T, pools.b, pools.ranks)
+        bind(cpu, Pools(pools.a.T.contiguous().T, pools.b, pools.ranks, pools.starts))
     x, y = make_xy(1, torch.float32)
     batch = LoRABatch.build([1], [((0, 1.0),)], min_segment=2)
     assert batch is not None
     with pytest.raises(RuntimeError, match="bfloat16"):
-        cpu.bind(pools.a, pools.b, pools.ranks).add(y, x.bfloat16(), batch)
+        bind(cpu, pools).add([y], x.bfloat16(), batch)
 
 
 def test_select_takes_the_kernels_on_cpu_and_the_reference_elsewhere() -> None:

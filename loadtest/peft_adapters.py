@@ -1,7 +1,7 @@
 """Random LoRA adapters on disk, as PEFT writes them, for a base whose layer shapes are read from its GGUF.
 
 Speed does not depend on what an adapter has learnt, only on its rank and on which linears it targets: rank 16 on all
-seven here. Needs numpy, safetensors and gguf; knows nothing of servers.
+seven here, float16 on disk. Needs numpy, safetensors and gguf; knows nothing of servers.
 """
 
 import json
@@ -54,7 +54,8 @@ def _write_adapter(folder: Path, shapes: Mapping[str, tuple[int, int]], seed: in
     for module, (in_features, out_features) in shapes.items():
         prefix = f"base_model.model.{module}"
         for name, shape in (("lora_A", (RANK, in_features)), ("lora_B", (out_features, RANK))):
-            tensors[f"{prefix}.{name}.weight"] = (random.standard_normal(shape) * _SCALE).astype(np.float32)
+            values = random.standard_normal(shape, dtype=np.float32) * np.float32(_SCALE)
+            tensors[f"{prefix}.{name}.weight"] = values.astype(np.float16)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",

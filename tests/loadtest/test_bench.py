@@ -9,7 +9,7 @@ from gguf import GGUFReader, GGUFWriter
 
 from adapters.checkpoint import CheckpointLimits, load_lora_model
 from adapters.module_names import BaseModules, LinearShape
-from loadtest import bench, gguf_files, servers
+from loadtest import bench, gguf_files, server_commands, servers
 from loadtest.bench import BenchSettings
 from loadtest.client import LoadTestFailed
 from loadtest.peft_adapters import linear_shapes, write_adapters
@@ -70,7 +70,7 @@ def test_gguf_adapter_has_every_pair(gguf: Path, tmp_path: Path) -> None:
 
 def test_missing_binary_names_the_flag(tmp_path: Path) -> None:
     with pytest.raises(LoadTestFailed, match="--llama-server"):
-        servers.find_llama_server(tmp_path / "none")
+        server_commands.find_llama_server(tmp_path / "none")
 
 
 def test_server_that_dies_shows_its_last_words(tmp_path: Path) -> None:
@@ -107,6 +107,6 @@ def test_conclusion_is_the_ratio_of_medians(peer: list[float], status: int, tmp_
 
 
 def test_without_a_peer_it_fails_unless_told_to_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.servers, "find_llama_server", lambda _: None)
+    monkeypatch.setattr(bench.server_commands, "find_llama_server", lambda _: None)
     with pytest.raises(LoadTestFailed, match="nothing to compare with.*--alone"):
         bench.bench(bench.BenchSettings())

@@ -61,7 +61,7 @@ class FakeServer:
                 await self._stepped.wait()
             await _event(response, {"choices": [{"text": "x"}]})
         del self.running[id(response)]
-        await _event(response, {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": count}})
+        await _event(response, {"choices": [], "usage": {"prompt_tokens": 1 + len(body["prompt"].split()), "completion_tokens": count}})
         await response.write(b"data: [DONE]\n\n")
 
     async def metrics(self, _: web.Request) -> web.Response:

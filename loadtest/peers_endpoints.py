@@ -18,7 +18,7 @@ OURS, LLAMA_CPP, VLLM, PEFT = "loramux", "llama.cpp", "vLLM", "PEFT"
 PEERS = (LLAMA_CPP, VLLM, PEFT)
 
 _START_SECONDS = 600.0  # of one server, with all its adapters
-_FOLDERS = re.compile(r"(?:(?<=[ =])|^)/\S*/")
+_FOLDERS = re.compile(r"(?:(?<=[ =])|^)/(?:\S*/)?")
 _ADAPTERS = re.compile(r"(?:(--lora )?\ba\d+(?:=a\d+|\.gguf)?(?: |$))+")
 
 

@@ -98,7 +98,8 @@ def _start(
     print(f"Starting {name}", flush=True)
     log = settings.results / f"{name}.log"
     server = servers.running(command.arguments, port=port, log=log, environment=command.environment)
-    return Target(stack.enter_context(server).url, make_body)
+    # llama.cpp drops kept connections under load; both sides get a connection for each request.
+    return Target(stack.enter_context(server).url, make_body, keep_alive=False)
 
 
 async def _measure(sides: list[Side], workload: Workload, rounds: int) -> dict[str, list[Figures]]:

@@ -76,16 +76,22 @@ def adapters_per_step(samples: Sequence[Sample], start: float) -> Iterator[tuple
 
 
 def _draw_latencies(times: Axes, gaps: Axes, whole: Sequence[Reply]) -> None:
-    times.plot(*cumulative(reply.time_to_first_token * 1e3 for reply in whole), label="TTFT")
-    times.plot(*cumulative(reply.end_to_end * 1e3 for reply in whole), label="E2E")
-    per_token = [time * 1e3 for reply in whole if (time := reply.time_per_output_token) is not None]
-    gaps.plot(*cumulative(gap * 1e3 for reply in whole for gap in reply.inter_token_latencies), label="ITL")
-    gaps.plot(*cumulative(per_token), label="TPOT")
-    for axes, what in ((times, "to the first token, and end to end"), (gaps, "between tokens, and a token")):
-        axes.set(title=f"Time {what}", xlabel="ms", ylabel="share at most", ylim=(0, 1.02))
-        axes.set_xscale("log")
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
+    first = [reply.time_to_first_token for reply in whole]
+    per_token = [time for reply in whole if (time := reply.time_per_output_token) is not None]
+    between = [gap for reply in whole for gap in reply.inter_token_latencies]
+    _draw_curves(times, "Time to the first token, and end to end", TTFT=first, E2E=[each.end_to_end for each in whole])
+    _draw_curves(gaps, "Time between tokens, and a token", ITL=between, TPOT=per_token)
+
+
+def _draw_curves(axes: Axes, title: str, **seconds: Sequence[float]) -> None:
+    """The cumulative distribution of each, in milliseconds on a logarithmic axis, where zero has no place."""
+    axes.set(title=title, xlabel="ms", ylabel="share at most", ylim=(0, 1.02))
+    for label, values in seconds.items():
+        if any(value > 0 for value in values):
+            axes.plot(*cumulative(value * 1e3 for value in values), label=label)
+            axes.set_xscale("log")
+            axes.legend(loc="lower right")
+    axes.grid(alpha=0.3)
 
 
 def _draw_rate(axes: Axes, whole: Sequence[Reply], start: float) -> None:

@@ -1,9 +1,12 @@
 """Workloads are seeded and of the mix they say; figures and proofs on known numbers."""
 
+import statistics
+
 import pytest
 
 from loadtest.client import Reply
-from loadtest.proof import MixDiffers, StepTotals, in_flight, prove, read_step_totals
+from loadtest.exposition import adapter_traffic, value
+from loadtest.proof import MixDiffers, StepTotals, adapters_in_company, in_flight, prove, read_step_totals
 from loadtest.report import percentile
 from loadtest.workload import Workload
 
@@ -29,7 +32,9 @@ def test_warm_up_shares_no_prompt_with_the_measured_part() -> None:
     assert not {call.prompt for call in workload.warm_up()} & {call.prompt for call in workload.calls()}
 
 
-@pytest.mark.parametrize("wrong", [{"models": ()}, {"in_flight": 0}, {"popularity": "viral"}])
+@pytest.mark.parametrize(
+    "wrong", [{"models": ()}, {"in_flight": 0}, {"popularity": "viral"}, {"lengths": "p9"}, {"scale": 0}]
+)
 def test_impossible_workloads_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError):
         Workload(**{"models": ("a",), **wrong})
@@ -52,6 +57,72 @@ def test_in_flight_is_weighted_by_time() -> None:
     rows, adapters = in_flight(replies, base="base")
     assert rows == pytest.approx((1 + 2 * 2 + 2) / 4)
     assert adapters == pytest.approx((1 + 2 * 2 + 1) / 4)
+
+
+def test_idle_time_is_no_part_of_the_mean_in_flight() -> None:
+    # [0, 1) a; nothing for nine seconds; [10, 11) a and b
+    replies = [_reply("a", 0, 1, "1"), _reply("a", 10, 11, "1"), _reply("b", 10, 11, "2")]
+    assert in_flight(replies, base=None) == (pytest.approx(1.5), pytest.approx(1.5))
+
+
+def test_adapters_in_company_by_hand() -> None:
+    models = ["a", "a", "b", "base"]
+    assert adapters_in_company(models, 1, base="base") == pytest.approx(3 / 4)
+    assert adapters_in_company(models, 2, base="base") == pytest.approx((1 + 2 + 1) / 3)
+    assert adapters_in_company(models, 1.5, base="base") == pytest.approx((3 / 4 + 4 / 3) / 2)
+    assert adapters_in_company(models, 4, base="base") == adapters_in_company(models, 99, base="base") == 2
+
+
+def test_lengths_have_the_means_they_say() -> None:
+    calls = Workload(models=("a",), num_requests=4000, lengths="p2").calls()
+    prompts, outputs = [call.prompt_tokens for call in calls], [call.max_tokens for call in calls]
+    assert statistics.mean(prompts) == pytest.approx(240, rel=0.04)
+    assert statistics.mean(outputs) == pytest.approx(220, rel=0.04)
+    assert min(prompts + outputs) >= 4 and max(prompts + outputs) <= 1024
+    assert statistics.median(prompts) < 0.85 * statistics.mean(prompts)  # skewed, as chats are
+
+
+@pytest.mark.parametrize(
+    ("lengths", "scale", "expected"),
+    [("p1", 1, (128, 512)), ("p3", 1, (2048, 64)), ("p1", 0.25, (32, 128)), ("fixed", 0.5, (32, 32))],
+)
+def test_lengths_are_the_standard_set_times_the_scale(lengths: str, scale: float, expected: tuple[int, int]) -> None:
+    (call,) = Workload(models=("a",), num_requests=1, lengths=lengths, scale=scale).calls()
+    assert (len(call.prompt.split()), call.max_tokens) == (call.prompt_tokens, call.max_tokens) == expected
+
+
+def test_uniform_lengths_span_their_range() -> None:
+    calls = Workload(models=("a",), num_requests=2000, lengths="p4").calls()
+    for lengths in ([call.prompt_tokens for call in calls], [call.max_tokens for call in calls]):
+        assert 8 <= min(lengths) < 16 and 504 < max(lengths) <= 512
+        assert statistics.mean(lengths) == pytest.approx(260, rel=0.05)
+
+
+def test_warm_up_can_be_shorter_than_the_list_of_models() -> None:
+    many = tuple(f"a{i}" for i in range(1000))
+    assert len(Workload(models=many).warm_up()) == 1000
+    assert len(Workload(models=many, warm_up_requests=8).warm_up()) == 8
+    assert Workload(models=many, warm_up_requests=0).warm_up() == []
+
+
+def test_adapter_traffic_takes_counters_of_moves_only() -> None:
+    page = "\n".join(
+        [
+            'loramux:adapter_loads_total{model_name="m",result="loaded"} 3.0',
+            'loramux:adapter_loads_total{model_name="m",result="replaced"} 1.0',
+            'loramux:adapter_evictions_total{model_name="m"} 2.0',
+            'vllm:lora_adapter_load_seconds_count{model_name="m"} 4.0',
+            'vllm:lora_adapter_load_seconds_sum{model_name="m"} 0.5',
+            'vllm:lora_adapter_loaded{adapter_name="a"} 1.0',
+            'loramux:adapter_requests_total{adapter="a"} 9.0',
+        ]
+    )
+    assert adapter_traffic(page) == {
+        "loramux:adapter_loads_total": 4,
+        "loramux:adapter_evictions_total": 2,
+        "vllm:lora_adapter_load_seconds_count": 4,
+    }
+    assert value(page, "loramux:adapter_requests_total") == 9 and value(page, "loramux:adapter_requests") is None
 
 
 def test_step_totals_sum_over_labels() -> None:

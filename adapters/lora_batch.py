@@ -7,6 +7,7 @@ targeted). No entry = base, one = the usual, k = unmerged composition.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ class Segment:
     weight: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LoRABatch:
     """The adapters of one step. Long runs of one adapter go to `segments` (matrix products), all other tokens
     with an adapter to `rows` (the row kernel). A token is in exactly one of the two, base tokens in neither.
@@ -40,6 +41,13 @@ class LoRABatch:
     @property
     def num_tokens(self) -> int:
         return len(self.indptr) - 1
+
+    @cached_property
+    def addresses(self) -> tuple[int, int, int, int]:
+        """Where rows, indptr, starts and weights lie, for a kernel that reads them by address."""
+        arrays = (self.rows, self.indptr, self.starts, self.weights)
+        assert all(array.flags.c_contiguous for array in arrays)
+        return tuple(array.ctypes.data for array in arrays)  # type: ignore[return-value]
 
     @classmethod
     def build(cls, token_counts: Sequence[int], ranges: Sequence[RowRanges], *, min_segment: int) -> "LoRABatch | None":

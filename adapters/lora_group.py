@@ -1,7 +1,5 @@
-"""Linears that read one input, with their LoRA pools: the first one the model calls computes for all of them.
+"""Linears that read one input (q, k and v; gate and up) with their LoRA pools: one operation for all of them.
 
-Stock model code calls q, k and v one after the other with the same tensor. Computing the three deltas at the first
-call and handing the rest over when asked makes one LoRA operation of three, without touching the model's code.
 Knows nothing of adapters' names, row ranges or eviction.
 """
 
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from adapters.lora_model import LoRAWeights
 from adapters.ops import BoundLoRA, LoRAPools
+from adapters.shared_result import SharedResult
 
 STATE = "loramux_lora"
 """The attribute of a swapped linear that holds its ModuleLoRA."""
@@ -27,38 +26,23 @@ class Step:
 
 
 class GroupLoRA:
-    """The pools of the linears that read one input, and the outputs computed but not yet asked for."""
+    """The pools of the linears that read one input."""
 
-    __slots__ = ("_bound", "_forwards", "_input", "_outputs", "num_targeting", "pools", "step")
+    __slots__ = ("_bound", "_forwards", "num_targeting", "outputs", "pools", "step")
 
     def __init__(self, step: Step, pools: LoRAPools, bound: BoundLoRA, forwards: Sequence[Callable[[Tensor], Tensor]]):
         self.step = step
         self.pools = pools
         self.num_targeting = 0  # (adapter, module) pairs with a rank in this group
+        self.outputs = SharedResult(self._compute)
         self._bound = bound
         self._forwards = forwards  # of each linear without LoRA
-        self._input: Tensor | None = None
-        self._outputs: list[Tensor | None] = []
 
-    def output(self, index: int, x: Tensor) -> Tensor:
-        """The output of linear `index` for x: its own, plus the step's deltas."""
-        if self._input is not x or self._outputs[index] is None:
-            self._compute(x)
-        y = self._outputs[index]
-        assert y is not None
-        self._outputs[index] = None
-        if index == len(self._outputs) - 1:
-            self.forget()
-        return y
-
-    def _compute(self, x: Tensor) -> None:
+    def _compute(self, x: Tensor) -> Sequence[Tensor]:
+        """Each linear's own output for x, plus the step's deltas."""
         ys = [forward(x).contiguous() for forward in self._forwards]
         self._bound.add(ys, x, self.step.batch)
-        self._input, self._outputs = x, [*ys]
-
-    def forget(self) -> None:
-        """Let go of the outputs nobody asked for."""
-        self._input, self._outputs = None, []
+        return ys
 
     def write(self, index: int, start: int, weights: LoRAWeights) -> None:
         """Rows [start, start + r) of linear `index` := lora_a, lora_b."""
@@ -91,4 +75,4 @@ class LoRALinear(nn.Module):
         group = lora.group
         if group.step.batch is None or not group.num_targeting:
             return lora.forward(x)
-        return group.output(lora.index, x)
+        return group.outputs.take(lora.index, x)

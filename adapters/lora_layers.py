@@ -87,7 +87,7 @@ class LoRALayers:
         finally:
             self._step.is_running, self._step.batch = False, None
             for group in self._groups:
-                group.forget()
+                group.outputs.forget()
 
     def check_integrity(self) -> None:
         """Ranges are disjoint and inside the pools; a module has ranks only where an adapter starts."""

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from adapters.module_names import BaseModules, linears_of
+from adapters.ops.thread_team import ThreadTeam, start_team
 from adapters.shared_inputs import SharedInputs
 from server.config import ModelConfig
+from server.engine import panel_linear
 from server.engine.attention import select_backend
 from server.engine.attention.interface import ATTENTION_NAME, KVLayer, LayerBinding, StepContext, bind
 from server.engine.kv_cache import KVShape
@@ -45,6 +47,7 @@ class BaseModel:
     vocab_size: int
     eos_token_ids: frozenset[int]
     kv_shapes: tuple[KVShape, ...]  # one per attention layer
+    team: ThreadTeam  # awake for the length of a forward pass
     context: StepContext
     bindings: tuple[LayerBinding, ...]  # in the order of kv_shapes
     keeps_logits: bool  # forward takes logits_to_keep
@@ -72,8 +75,8 @@ def load_base_model(folder: Path, name: str, settings: ModelConfig) -> BaseModel
     """Load the model in `folder` and bind our attention. The caller runs `probe.check` before serving it."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     device = _device(settings.device)
-    torch.set_num_threads(_num_threads(settings.cpu_threads))
     dtype = compute_dtype(settings.dtype, config)
+    team = _share_out_threads(settings.cpu_threads, own_product=dtype is torch.bfloat16 and device.type == "cpu")
     model = _load_weights(folder, config, settings, dtype).eval().requires_grad_(False)
     nn.Module.to(model, device)  # model.to itself is wrapped by transformers in a way that loses its type
     max_model_len = _max_model_len(name, config, settings.max_model_len)
@@ -83,7 +86,7 @@ def load_base_model(folder: Path, name: str, settings: ModelConfig) -> BaseModel
     with shared_inputs.watching({name: model.get_submodule(name) for name in modules.linears}):
         shapes, attention_layers = _discover_attention(model, name)
     modules = replace(modules, groups=shared_inputs.groups())
-    pack_linears(model)
+    pack_linears(model, modules.groups, team)
     context = StepContext(select_backend(device))
     bindings = tuple(LayerBinding(context) for _ in attention_layers)
     for layer, binding in zip(attention_layers, bindings, strict=True):
@@ -99,6 +102,7 @@ def load_base_model(folder: Path, name: str, settings: ModelConfig) -> BaseModel
         vocab_size=int(config.get_text_config().vocab_size),
         eos_token_ids=_eos_token_ids(model),
         kv_shapes=shapes,
+        team=team,
         context=context,
         bindings=bindings,
         keeps_logits="logits_to_keep" in inspect.signature(model.forward).parameters,
@@ -141,12 +145,16 @@ def _device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
-def _num_threads(wanted: int | None) -> int:
-    """One core stays free for connections and tokenisation: OpenMP's threads wait for each other by spinning, so one
-    that has to share its core slows every step down to its pace."""
-    if wanted is None and "OMP_NUM_THREADS" in os.environ:
-        return torch.get_num_threads()
-    return wanted or max(1, len(os.sched_getaffinity(0)) - 1)
+def _share_out_threads(wanted: int | None, *, own_product: bool) -> ThreadTeam:
+    """The team our kernels run on. Two pools of threads would take the cores from each other, so torch is left with one
+    thread where our kernels do the products, and our team has one where torch does them."""
+    if own_product and panel_linear.is_supported():
+        torch.set_num_threads(1)
+        return start_team(wanted or len(os.sched_getaffinity(0)))
+    # OpenMP's threads wait for each other by spinning: one core stays free for connections and tokenisation.
+    if wanted is not None or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(wanted or max(1, len(os.sched_getaffinity(0)) - 1))
+    return start_team(1)
 
 
 def compute_dtype(wanted: str, config: PreTrainedConfig) -> torch.dtype:

@@ -1,18 +1,23 @@
-"""Linears whose weight lies in memory the way the CPU's matrix kernels read it, packed once at load by oneDNN.
+"""Linears whose weight lies in memory the way the CPU's matrix kernels read it, packed once at load.
 
 A plain bfloat16 linear reorders its weight on every call, which for a handful of rows costs more than the product.
-Packed ones were 1.15 to 1.75 times as fast at 1 to 32 rows, and every row has the same bits whatever rows stand
-beside it. float32 stays plain, to sum in the very order of the model's own forward; so does everything on a
-processor for which oneDNN cannot pack. Knows nothing of LoRA.
+Where the processor has the instructions, a linear gets our own product (panel_linear.py); elsewhere oneDNN's packed
+one, where it packs at all. float32 stays plain, to sum in the very order of the model's own forward. Either way a row
+has the same bits whatever rows stand beside it. Knows nothing of LoRA.
 """
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from adapters.ops.thread_team import ThreadTeam
+from server.engine import panel_linear
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +26,7 @@ _TOLERANCE = 2e-2  # of the largest output, bfloat16
 
 
 class PackedLinear(nn.Linear):
-    """A linear with an opaque packed weight: y = x · Wᵀ + b. Reading the weight by itself fails loudly."""
+    """A linear with an opaque weight packed by oneDNN: y = x · Wᵀ + b. Reading the weight by itself fails loudly."""
 
     _packed: Tensor  # opaque, of shape [out_features, in_features]
 
@@ -34,9 +39,36 @@ class PackedLinear(nn.Linear):
         return _multiply(pair, self._packed, self.bias)[:1].view(*x.shape[:-1], self.out_features)
 
 
-def pack_linears(model: nn.Module) -> int:
-    """Pack every plain nn.Linear of a model on the CPU; returns how many. Weights used elsewhere are kept beside."""
+@dataclass(frozen=True, slots=True)
+class PackedCount:
+    """How many linears were given which product."""
+
+    panels: int
+    onednn: int
+
+
+def pack_linears(model: nn.Module, groups: Sequence[Sequence[str]], team: ThreadTeam) -> PackedCount:
+    """Pack every plain nn.Linear of a model on the CPU. `groups` names linears that read one input. Weights used
+    elsewhere are kept beside."""
     uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    kept = {id(module): uses[id(module.weight)] > 1 for module in model.modules() if type(module) is nn.Linear}
+    panels = _pack_panels(model, groups, team, kept) if panel_linear.is_supported() else 0
+    return PackedCount(panels=panels, onednn=_pack_with_onednn(model, kept))
+
+
+def _pack_panels(model: nn.Module, groups: Sequence[Sequence[str]], team: ThreadTeam, kept: dict[int, bool]) -> int:
+    grouped = [[model.get_submodule(name) for name in names] for names in groups]
+    members = {id(linear) for group in grouped for linear in group}
+    alone = [[module] for module in model.modules() if id(module) not in members]
+    num_packed = 0
+    for group in [*grouped, *alone]:
+        linears = [each for each in group if type(each) is nn.Linear and panel_linear.fits(each)]
+        if linears and panel_linear.pack_group(linears, team, keep_weights=[kept[id(each)] for each in linears]):
+            num_packed += len(linears)
+    return num_packed
+
+
+def _pack_with_onednn(model: nn.Module, kept: dict[int, bool]) -> int:
     linears = [module for module in model.modules() if type(module) is nn.Linear and module.weight.device.type == "cpu"]
     trusted: dict[tuple[int, int], bool] = {}
     num_packed = 0
@@ -46,7 +78,7 @@ def pack_linears(model: nn.Module) -> int:
         if key not in trusted:
             trusted[key] = packed is not None and _agrees(linear, packed)
         if packed is not None and trusted[key]:
-            _swap(linear, packed, keep_weight=uses[id(linear.weight)] > 1)
+            _swap(linear, packed, keep_weight=kept[id(linear)])
             num_packed += 1
     return num_packed
 

@@ -1,8 +1,5 @@
 """The LoRA operation against float64 loops over ranks, dtypes, adapter popularity, composition and segments."""
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -13,7 +10,8 @@ from torch import Tensor
 
 from adapters import ops
 from adapters.lora_batch import LoRABatch, RowRanges
-from adapters.ops import cpu, numba_kernels, reference
+from adapters.ops import cpu, reference
+from adapters.ops.thread_team import current_team, start_team
 
 IN, OUT, NUM_ADAPTERS, SCALE = 48, 80, 6, 0.2
 IMPLEMENTATIONS = [pytest.param(reference, id="reference"), pytest.param(cpu, id="cpu")]
@@ -213,50 +211,43 @@ def test_layouts_of_x(implementation: ModuleType, dtype: torch.dtype, layout: st
     assert torch.equal(got, plain)
 
 
-def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each row belongs to one thread, so their number cannot show."""
+def test_threads_change_no_bit() -> None:
+    """Each token is one chunk, so it cannot show who computed it."""
     pools = make_pools(16, torch.bfloat16)
     ranges: list[RowRanges] = [((pools.starts[i % NUM_ADAPTERS], 1.0),) for i in range(101)]
     x, y = make_xy(101, torch.bfloat16)
     batch = LoRABatch.build([1] * 101, ranges, min_segment=999)
-    monkeypatch.setattr(cpu, "available_threads", lambda: 1)
-    serial = run(cpu, pools, y, x, batch)
-    wanted = torch.get_num_threads()
+    alone = run(cpu, pools, y, x, batch)
+    before = current_team().num_threads
     try:
-        torch.set_num_threads(2)
-        monkeypatch.setattr(cpu, "available_threads", numba_kernels.available_threads)
-        assert torch.equal(run(cpu, pools, y, x, batch), serial)
-        assert torch.get_num_threads() == 2
+        with start_team(3).step():
+            assert torch.equal(run(cpu, pools, y, x, batch), alone)
     finally:
-        torch.set_num_threads(wanted)
+        start_team(before)
 
 
-THREADS_PROGRAM = """
-import numpy, torch, threading
-torch.set_num_threads(2)
-import numba
-from adapters.lora_batch import LoRABatch
-from adapters.ops import cpu
-ranks = torch.ones(1, 1, dtype=torch.int32)
-bound = cpu.bind(cpu.LoRAPools(torch.ones(1, 1, 4096), (torch.ones(1, 4096),), ranks))
-batch = LoRABatch.build([1] * 8, [((0, 1.0),)] * 8, min_segment=9)
-seen = []
-def step():
-    y = torch.zeros(8, 4096)
-    bound.add([y], torch.ones(8, 4096), batch)
-    seen.append((torch.get_num_threads(), numba.get_num_threads(), numba.threading_layer(), float(y.min())))
-step()
-thread = threading.Thread(target=step)
-thread.start(), thread.join()
-print(seen[0] == seen[1], *seen[0])
-"""
-
-
-def test_numba_leaves_torch_its_threads_and_takes_as_many() -> None:
-    """numba's layer starts with its own count, here 4, and writes it into the OpenMP pool it shares with torch."""
-    environment = {**os.environ, "NUMBA_NUM_THREADS": "4"}
-    ran = subprocess.run([sys.executable, "-c", THREADS_PROGRAM], env=environment, capture_output=True, text=True)
-    assert ran.stdout.split() == ["True", "2", "2", "omp", "4096.0"], ran.stderr
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_modules_that_read_one_input_are_served_at_once(implementation: ModuleType, dtype: torch.dtype) -> None:
+    """Three modules with outputs of their own; the adapter targets the first and the last."""
+    generator = torch.Generator().manual_seed(5)
+    widths, rank, starts = (80, 16, 48), 4, (0, 6)
+    a = (torch.randn(3, 12, IN, generator=generator) * SCALE).to(dtype)
+    bs = tuple((torch.randn(12, width, generator=generator) * SCALE).to(dtype) for width in widths)
+    ranks = torch.zeros(3, 12, dtype=torch.int32)
+    ranks[0, list(starts)] = ranks[2, list(starts)] = rank
+    x = torch.randn(5, IN, generator=generator).to(dtype)
+    ys = [torch.randn(5, width, generator=generator).to(dtype) for width in widths]
+    ranges: list[RowRanges] = [((0, 1.0),), (), ((6, 0.5), (0, -1.0)), ((6, 2.0),), ()]
+    batch = LoRABatch.build([1] * 5, ranges, min_segment=99)
+    got = [y.clone() for y in ys]
+    implementation.bind(ops.LoRAPools(a, bs, ranks)).add(got, x, implementation.stage(batch))
+    assert torch.equal(got[1], ys[1])
+    for module in (0, 2):
+        pools = Pools(a[module], bs[module], ranks[module].numpy(), list(starts))
+        want = expected(pools, ys[module], x, ranges)
+        assert_rounded_once(got[module], want)
+        assert torch.equal(got[module][[1, 4]], ys[module][[1, 4]]) and not torch.equal(got[module], ys[module])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

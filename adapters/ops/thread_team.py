@@ -1,0 +1,269 @@
+"""A few threads that share out the chunks of one kernel call after another, without OpenMP. Knows no kernel.
+
+Steps of a small model are thousands of kernel calls of some microseconds, with Python between them. OpenMP gives each
+thread a fixed part and lets it wait by spinning: one thread that loses its core to the event loop holds up all others
+for a scheduler's tick, and the spinning takes that core from the event loop in turn. Here chunks are claimed one by one
+from an atomic counter, so whoever runs does the work; who waits gives its core up to anyone who wants it; and between
+steps the threads sleep in a semaphore.
+
+A kernel is the address of a C function `void f(int64 arguments, int64 chunk)`, called once per chunk in any order and
+on any thread. The caller claims chunks too, and returns when all are done.
+"""
+
+import atexit
+import platform
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numba
+import numba.extending
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+
+from adapters.ops.numba_kernels import entry_point, kernel
+
+_intrinsic: Any = numba.extending.intrinsic
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
+
+# Fields of the shared state, each on a cache line of its own. CLAIM holds (number of chunks << 32 | next chunk): one
+# atomic addition gives a thread a chunk of the very call the other half of the word describes.
+_LINE = 16  # int64: two cache lines, since processors fetch them in pairs
+_CLAIM, _DONE, _CALL, _IS_OPEN, _IS_CLOSED, _SEMAPHORE = (i * _LINE for i in range(6))
+_NEXT_CHUNK = 0xFFFFFFFF
+_SPINS_BEFORE_YIELD = 64  # about a microsecond
+
+_sem_init: Any = types.ExternalFunction("sem_init", types.int32(types.int64, types.int32, types.uint32))
+_sem_wait: Any = types.ExternalFunction("sem_wait", types.int32(types.int64))
+_sem_post: Any = types.ExternalFunction("sem_post", types.int32(types.int64))
+_sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
+
+Kernel = int
+"""The address of a chunk function (`chunk_kernel`)."""
+
+
+def chunk_kernel(**options: Any) -> Callable[[Callable[..., None]], Any]:
+    """Compile `f(arguments: int64, chunk: int64)` to a C function; its `.address` is what a team runs."""
+
+    def compile_now(function: Callable[..., None]) -> Any:
+        signature = types.void(types.int64, types.int64)
+        try:
+            return numba.cfunc(signature, nopython=True, cache=True, **options)(function)
+        except RuntimeError:  # no writable folder for the cache: compile in every process
+            return numba.cfunc(signature, nopython=True, **options)(function)
+
+    return compile_now
+
+
+@_intrinsic
+def _load(_typing: Any, address: Any) -> Any:
+    return types.int64(types.int64), lambda _c, builder, _s, args: builder.load_atomic(
+        builder.inttoptr(args[0], _I64.as_pointer()), "acquire", 8
+    )
+
+
+@_intrinsic
+def _store(_typing: Any, address: Any, value: Any) -> Any:
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        builder.store_atomic(args[1], builder.inttoptr(args[0], _I64.as_pointer()), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@_intrinsic
+def _fetch_add(_typing: Any, address: Any, value: Any) -> Any:
+    """The value at `address` before `value` was added, in one indivisible step."""
+    return types.int64(types.int64, types.int64), lambda _c, builder, _s, args: builder.atomic_rmw(
+        "add", builder.inttoptr(args[0], _I64.as_pointer()), args[1], "acq_rel"
+    )
+
+
+@_intrinsic
+def _call(_typing: Any, function: Any, arguments: Any, chunk: Any) -> Any:
+    """Call the C function at address `function`."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [_I64, _I64])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1], args[2]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@_intrinsic
+def _pause(_typing: Any) -> Any:
+    """Tell the processor that this is a waiting loop."""
+
+    def generate(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        if platform.machine() in ("x86_64", "AMD64"):
+            nothing = ir.FunctionType(ir.VoidType(), [])
+            builder.call(builder.module.declare_intrinsic("llvm.x86.sse2.pause", (), nothing), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@numba.njit(nogil=True)
+def _work(state):  # type: ignore[no-untyped-def]
+    """Claim and run chunks of the call under way until none is left; whether there was one."""
+    worked = False
+    while True:
+        seen = _load(state + 8 * _CLAIM)
+        if (seen & _NEXT_CHUNK) >= (seen >> 32):
+            return worked
+        claim = _fetch_add(state + 8 * _CLAIM, 1)
+        chunk = claim & _NEXT_CHUNK
+        if chunk >= (claim >> 32):
+            return worked
+        # The call cannot end before this chunk is done, so its kernel and arguments stand from here on.
+        _call(_load(state + 8 * _CALL), _load(state + 8 * _CALL + 8), chunk)
+        _fetch_add(state + 8 * _DONE, 1)
+        worked = True
+
+
+@kernel()
+def _run(state, function, arguments, num_chunks):  # type: ignore[no-untyped-def]
+    """Run all chunks of a call with whoever is awake."""
+    _store(state + 8 * _DONE, 0)
+    _store(state + 8 * _CALL, function)
+    _store(state + 8 * _CALL + 8, arguments)
+    _store(state + 8 * _CLAIM, num_chunks << 32)
+    _work(state)
+    spins = 0
+    while _load(state + 8 * _DONE) < num_chunks:
+        spins += 1
+        _pause()
+        if spins % _SPINS_BEFORE_YIELD == 0:
+            _sched_yield()
+
+
+@kernel()
+def _run_alone(function, arguments, num_chunks):  # type: ignore[no-untyped-def]
+    for chunk in range(num_chunks):
+        _call(function, arguments, chunk)
+
+
+@kernel()
+def _serve(state):  # type: ignore[no-untyped-def]
+    """The life of a helping thread: asleep between steps, claiming chunks or waiting for some within one."""
+    while True:
+        _sem_wait(state + 8 * _SEMAPHORE)
+        spins = 0
+        while _load(state + 8 * _IS_OPEN) != 0:
+            if _work(state):
+                spins = 0
+            spins += 1
+            _pause()
+            if spins > _SPINS_BEFORE_YIELD:
+                _sched_yield()
+        if _load(state + 8 * _IS_CLOSED) != 0:
+            return
+
+
+@kernel()
+def _open(state, num_helpers, is_open):  # type: ignore[no-untyped-def]
+    """Begin or end a step: wake the helpers, or let them go to sleep."""
+    _store(state + 8 * _IS_OPEN, is_open)
+    if is_open:
+        for _ in range(num_helpers):
+            _sem_post(state + 8 * _SEMAPHORE)
+
+
+@kernel()
+def _prepare(state):  # type: ignore[no-untyped-def]
+    _sem_init(state + 8 * _SEMAPHORE, np.int32(0), np.uint32(0))
+
+
+@kernel()
+def _close(state, num_helpers):  # type: ignore[no-untyped-def]
+    _store(state + 8 * _IS_CLOSED, 1)
+    for _ in range(num_helpers):
+        _sem_post(state + 8 * _SEMAPHORE)
+
+
+class ThreadTeam:
+    """`num_threads` with the caller's. Helpers work for the one thread that is inside `step`; others work alone."""
+
+    def __init__(self, num_threads: int) -> None:
+        # Only Linux has semaphores in plain memory; elsewhere the caller works alone.
+        self.num_threads = num_threads if sys.platform == "linux" else 1
+        int64 = types.int64
+        self._memory = np.zeros(8 * _LINE, np.int64)
+        self._state = self._memory.ctypes.data
+        self._run = entry_point(_run, (int64,) * 4)
+        self._run_alone = entry_point(_run_alone, (int64,) * 3)
+        self._owner: int | None = None  # the thread inside `step`
+        self._stepping = threading.Lock()
+        self._helpers: list[threading.Thread] = []
+        if self.num_threads > 1:
+            self._start()
+
+    @property
+    def _num_helpers(self) -> int:
+        return self.num_threads - 1
+
+    def _start(self) -> None:
+        int64 = types.int64
+        entry_point(_prepare, (int64,))(self._state)
+        serve = entry_point(_serve, (int64,))
+        self._open = entry_point(_open, (int64, int64, int64))
+        self._close = entry_point(_close, (int64, int64))
+        for number in range(self._num_helpers):
+            thread = threading.Thread(target=serve, args=(self._state,), name=f"kernels-{number + 1}", daemon=True)
+            thread.start()
+            self._helpers.append(thread)
+        atexit.register(self.close)
+
+    def run(self, function: Kernel, arguments: int, num_chunks: int) -> None:
+        """Call `function(arguments, chunk)` for every chunk in [0, num_chunks); helpers join in inside `step`."""
+        if num_chunks > 1 and self._owner is not None and self._owner == threading.get_ident():
+            self._run(self._state, function, arguments, num_chunks)
+        else:
+            self._run_alone(function, arguments, num_chunks)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Keep the helpers awake inside, unless they already are, for this thread or another."""
+        if not self._helpers or not self._stepping.acquire(blocking=False):
+            yield
+            return
+        try:
+            self._open(self._state, self._num_helpers, 1)
+            self._owner = threading.get_ident()
+            yield
+        finally:
+            self._owner = None
+            self._open(self._state, self._num_helpers, 0)
+            self._stepping.release()
+
+    def close(self) -> None:
+        """End the helping threads after the step under way; the caller can go on alone."""
+        with self._stepping:
+            helpers, self._helpers = self._helpers, []
+            if helpers:
+                self._close(self._state, len(helpers))
+                for thread in helpers:
+                    thread.join()
+                atexit.unregister(self.close)
+
+
+_current: ThreadTeam | None = None
+
+
+def start_team(num_threads: int) -> ThreadTeam:
+    """The process's team, made anew when another number of threads is wanted; cores are the process's to share out."""
+    global _current
+    if _current is None or _current.num_threads != num_threads:
+        if _current is not None:
+            _current.close()
+        _current = ThreadTeam(num_threads)
+    return _current
+
+
+def current_team() -> ThreadTeam:
+    """The process's team; the caller alone when none was started."""
+    return start_team(1) if _current is None else _current

@@ -1,0 +1,123 @@
+"""Linears computed by our own product of bfloat16 rows with a packed weight (product_kernels.py).
+
+Linears that read one input become one product. Knows which modules it can serve and how their weight is packed;
+nothing of LoRA.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from llvmlite import binding
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adapters.ops.thread_team import ThreadTeam
+from adapters.shared_result import SharedResult
+
+_TOLERANCE = 2e-2  # of the largest output, bfloat16
+_PANEL = 32  # output features, as in product_kernels.py, which only AVX512-BF16 can import
+
+
+class PanelLinear(nn.Linear):
+    """A linear whose weight lies in panels: y = x · Wᵀ + b. Reading the weight by itself fails loudly."""
+
+    _product: SharedResult
+    _index: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._product.take(self._index, x)
+
+
+class _Product:
+    """y_m = x · W_mᵀ + b_m for the linears m that read one input, as one call of a kernel."""
+
+    def __init__(self, linears: Sequence[nn.Linear], team: ThreadTeam) -> None:
+        from server.engine import product_kernels as kernels
+
+        self._run, self._kernel, self._module = team.run, kernels.PRODUCT, kernels.MODULE
+        self._in_features = linears[0].in_features
+        self._out_features = [linear.out_features for linear in linears]
+        self._num_chunks = sum(self._out_features) // _PANEL
+        self.weights = [_pack(linear.weight) for linear in linears]  # [out / 32, in / 2, 32, 2] bfloat16
+        self._biases = [_bias(linear) for linear in linears]  # float32 [out_features]
+        self._arguments = np.zeros(kernels.MODULES + len(linears) * kernels.MODULE, np.int64)
+        self._arguments[kernels.NUM_PAIRS] = self._in_features // 2
+        end = 0
+        for number, linear in enumerate(linears):
+            end += linear.out_features // _PANEL
+            fields = self._arguments[kernels.MODULES + number * kernels.MODULE :]
+            fields[kernels.WEIGHT] = self.weights[number].data_ptr()
+            fields[kernels.BIAS] = self._biases[number].data_ptr()
+            fields[kernels.OUT_FEATURES] = linear.out_features
+            fields[kernels.END_CHUNK] = end
+        self._y_fields = [kernels.MODULES + n * kernels.MODULE + kernels.Y for n in range(len(linears))]
+        self._per_step = (kernels.X, kernels.X_STRIDE, kernels.NUM_TOKENS)
+        self._address = self._arguments.ctypes.data
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        """One output [..., out_features] for each linear, for x [..., in_features] of bfloat16."""
+        if x.dtype is not torch.bfloat16 or x.shape[-1] != self._in_features:
+            raise RuntimeError(f"x is {x.dtype} {tuple(x.shape)}, not bfloat16 of {self._in_features} features")
+        leading = x.shape[:-1]
+        num_tokens = x.numel() // self._in_features
+        rows = x if x.is_contiguous() else x.reshape(num_tokens, self._in_features).contiguous()
+        ys = [torch.empty((*leading, out), dtype=torch.bfloat16) for out in self._out_features]
+        arguments = self._arguments
+        for field, value in zip(self._per_step, (rows.data_ptr(), self._in_features, num_tokens), strict=True):
+            arguments[field] = value
+        for field, y in zip(self._y_fields, ys, strict=True):
+            arguments[field] = y.data_ptr()
+        self._run(self._kernel, self._address, self._num_chunks)
+        return ys
+
+
+def is_supported() -> bool:
+    """Whether this processor has the instruction the kernel is made of."""
+    return bool(binding.get_host_cpu_features().get("avx512bf16", False))
+
+
+def fits(linear: nn.Linear) -> bool:
+    """Whether a linear has the type and the shape the kernel serves."""
+    weight = linear.weight
+    shape_fits = linear.in_features % 2 == 0 and linear.out_features % _PANEL == 0
+    return shape_fits and weight.dtype is torch.bfloat16 and weight.device.type == "cpu"
+
+
+def pack_group(linears: Sequence[nn.Linear], team: ThreadTeam, *, keep_weights: Sequence[bool]) -> bool:
+    """Let these linears, which read one input, be computed as one product; False, and nothing changed, when the
+    product does not agree with their own."""
+    product = _Product(linears, team)
+    if not _agrees(linears, product):
+        return False
+    shared = SharedResult(product)
+    for index, (linear, weight, keep) in enumerate(zip(linears, product.weights, keep_weights, strict=True)):
+        linear.__dict__["_product"], linear.__dict__["_index"] = shared, index
+        if not keep:
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.__class__ = PanelLinear
+    return True
+
+
+def _pack(weight: Tensor) -> Tensor:
+    """[out, in] → [out / 32, in / 2, 32, 2]: for each pair of inputs, the pairs of a panel's weights side by side."""
+    out_features, in_features = weight.shape
+    panels = weight.detach().view(out_features // _PANEL, _PANEL, in_features // 2, 2)
+    return panels.permute(0, 2, 1, 3).contiguous()
+
+
+def _bias(linear: nn.Linear) -> Tensor:
+    if linear.bias is None:
+        return torch.zeros(linear.out_features)
+    return linear.bias.detach().float().contiguous()
+
+
+def _agrees(linears: Sequence[nn.Linear], product: _Product) -> bool:
+    """Whether the product gives the plain one, for more rows than the kernel takes at once."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(14, linears[0].in_features, generator=generator).bfloat16()
+    with torch.inference_mode():
+        pairs = [
+            (functional.linear(x, linear.weight, linear.bias), y) for linear, y in zip(linears, product(x), strict=True)
+        ]
+        return all(float((y - plain).abs().max()) <= _TOLERANCE * float(plain.abs().max()) for plain, y in pairs)

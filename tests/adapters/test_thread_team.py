@@ -1,0 +1,102 @@
+"""A team runs every chunk once, with helpers awake, asleep, late or gone."""
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from numba import carray
+
+from adapters.ops import thread_team
+from adapters.ops.bf16 import pointer
+from adapters.ops.thread_team import ThreadTeam, chunk_kernel, current_team, start_team
+
+NUM_CHUNKS = 40
+
+
+@chunk_kernel()
+def _count(arguments, chunk):  # type: ignore[no-untyped-def]
+    """counts[chunk] += 1, after some work, so that helpers get chunks too."""
+    counts = carray(pointer(arguments), NUM_CHUNKS, np.int64)
+    value = np.float64(chunk)
+    for _ in range(300):
+        value = np.sqrt(value + 1.0)
+    counts[chunk] += 1 + np.int64(value < 0)
+
+
+@pytest.fixture
+def team() -> Iterator[ThreadTeam]:
+    team = ThreadTeam(3)
+    yield team
+    team.close()
+
+
+def run(team: ThreadTeam, counts: np.ndarray) -> None:
+    team.run(_count.address, counts.ctypes.data, NUM_CHUNKS)
+
+
+def test_every_chunk_is_run_once_in_every_call(team: ThreadTeam) -> None:
+    counts = np.zeros(NUM_CHUNKS, np.int64)
+    for _ in range(20):
+        with team.step():
+            for _ in range(50):
+                run(team, counts)
+    assert (counts == 1000).all()
+
+
+def test_outside_a_step_the_caller_works_alone(team: ThreadTeam) -> None:
+    counts = np.zeros(NUM_CHUNKS, np.int64)
+    run(team, counts)
+    assert (counts == 1).all()
+
+
+def test_a_second_thread_does_not_disturb_the_first(team: ThreadTeam) -> None:
+    """Only one thread has the helpers; the other computes by itself, also inside its own step."""
+    mine, theirs = np.zeros(NUM_CHUNKS, np.int64), np.zeros(NUM_CHUNKS, np.int64)
+
+    def work() -> None:
+        for _ in range(300):
+            with team.step():
+                run(team, theirs)
+
+    other = threading.Thread(target=work)
+    with team.step():
+        other.start()
+        for _ in range(300):
+            run(team, mine)
+        other.join()
+    assert (mine == 300).all() and (theirs == 300).all()
+
+
+def test_a_closed_team_goes_on_alone(team: ThreadTeam) -> None:
+    counts = np.zeros(NUM_CHUNKS, np.int64)
+    team.close()
+    with team.step():
+        run(team, counts)
+    team.close()
+    assert (counts == 1).all()
+    assert not [thread for thread in threading.enumerate() if thread in team._helpers]
+
+
+def test_a_step_that_raises_lets_the_helpers_sleep(team: ThreadTeam) -> None:
+    with pytest.raises(ZeroDivisionError), team.step():
+        raise ZeroDivisionError
+    counts = np.zeros(NUM_CHUNKS, np.int64)
+    with team.step():
+        run(team, counts)
+    assert (counts == 1).all()
+
+
+def test_the_process_has_one_team() -> None:
+    before = current_team().num_threads
+    try:
+        two = start_team(2)
+        assert start_team(2) is two is current_team()
+        assert start_team(1) is not two and not two._helpers
+    finally:
+        start_team(before)
+
+
+def test_a_team_of_one_starts_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thread_team.sys, "platform", "darwin")
+    assert ThreadTeam(4).num_threads == 1

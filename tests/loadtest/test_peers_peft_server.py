@@ -11,8 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from loadtest import peft_server
 from loadtest.client import LoadTestFailed, Target, by_model, send
-from loadtest.peft_server import Batcher, create_app, load
+from loadtest.peft_server import Batcher, choose_threads, create_app, load
 from loadtest.workload import Call
 
 _WORDS = [f"w{i}" for i in range(60)]
@@ -96,3 +97,19 @@ async def test_unknown_adapter_is_an_error(batcher_parts: tuple) -> None:
         with pytest.raises(ExceptionGroup) as raised:
             await send(target, [_call("a7", "w1")], 1)
     assert raised.group_contains(LoadTestFailed, match="no adapter 'a7'")
+
+
+def test_threads_are_tried_out(batcher_parts: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock runs slower with more threads here: one must win, wherever it stands."""
+    tried: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", tried.append)
+    moment = 0.0
+
+    def perf_counter() -> float:
+        nonlocal moment
+        moment += tried[-1]
+        return moment
+
+    monkeypatch.setattr(peft_server.time, "perf_counter", perf_counter)
+    assert choose_threads(batcher_parts[0], [2, 1, 3]) == 1
+    assert tried == [2, 1, 3]

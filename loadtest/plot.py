@@ -11,6 +11,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import LogLocator
 
 from loadtest.client import Reply
 from loadtest.run import Measurement, Sample
@@ -89,7 +90,9 @@ def _draw_curves(axes: Axes, title: str, **seconds: Sequence[float]) -> None:
     for label, values in seconds.items():
         if any(value > 0 for value in values):
             axes.plot(*cumulative(value * 1e3 for value in values), label=label)
-            axes.set_xscale("log")
+            axes.set_xscale("log", subs=[])
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.xaxis.set_major_formatter("{x:g}")
             axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
 

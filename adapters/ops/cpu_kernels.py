@@ -11,6 +11,7 @@ import numpy as np
 from numba import carray, njit
 
 from adapters.ops.bf16 import narrow, pointer, widen
+from adapters.ops.bf16_dot import LANES, ROWS_AT_ONCE, dot_rows, prefetch, uses_dots
 from adapters.ops.numba_kernels import OPTIONS
 from adapters.ops.thread_team import chunk_kernel
 
@@ -33,32 +34,98 @@ _MANY = 2**40  # elements of an array whose length nobody asks for
 
 
 @njit(**OPTIONS)
-def _add_row(y: Any, x_row: Any, a_pool: Any, b_pool: Any, ranks: Any, starts: Any, weights: Any) -> None:
-    """y += Σ_e weight_e · (x · Aᵀ) · B for one token and module, accumulated in float32, rounded once."""
-    in_features, out_features = a_pool.shape[1], b_pool.shape[1]
-    total = np.empty(out_features, np.float32)
-    for o in range(out_features):
-        total[o] = widen(y[o])
+def _shrink_row(x_row: Any, a_row: Any) -> Any:
+    """x · a in float32."""
+    total = np.float32(0)
+    for i in range(x_row.shape[0]):
+        total += widen(x_row[i]) * widen(a_row[i])
+    return total
+
+
+@njit(**OPTIONS)
+def _shrink(x_row: Any, a_rows: Any, shrunk: Any) -> None:
+    """shrunk = x · a_rowsᵀ in float32. bfloat16 goes four ranks at once, its last features and ranks one by one."""
+    num_ranks, in_features = a_rows.shape
+    whole = in_features - in_features % LANES if uses_dots(x_row) else 0
+    four = num_ranks - num_ranks % ROWS_AT_ONCE if whole else 0
+    for r in range(0, four, ROWS_AT_ONCE):
+        dot_rows(x_row.ctypes.data, a_rows[r].ctypes.data, 2 * in_features, whole, shrunk[r:].ctypes.data)
+        for rest in range(r, r + ROWS_AT_ONCE):
+            shrunk[rest] += _shrink_row(x_row[whole:], a_rows[rest, whole:])
+    for r in range(four, num_ranks):
+        shrunk[r] = _shrink_row(x_row, a_rows[r])
+
+
+@njit(**OPTIONS)
+def _expand(total: Any, shrunk: Any, b_rows: Any) -> None:
+    """total += shrunk · B in float32; four ranks at a time: a quarter of the loads and stores of `total`."""
+    num_ranks, out_features = b_rows.shape
+    four = num_ranks - num_ranks % 4
+    for r in range(0, four, 4):
+        sa, sb, sc, sd = shrunk[r], shrunk[r + 1], shrunk[r + 2], shrunk[r + 3]
+        for o in range(out_features):
+            near = sa * widen(b_rows[r, o]) + sb * widen(b_rows[r + 1, o])
+            far = sc * widen(b_rows[r + 2, o]) + sd * widen(b_rows[r + 3, o])
+            total[o] += near + far
+    for r in range(four, num_ranks):
+        for o in range(out_features):
+            total[o] += shrunk[r] * widen(b_rows[r, o])
+
+
+@njit(**OPTIONS)
+def _fetch(pool: Any, ranks: Any, starts: Any) -> None:
+    """Ask for the rows that a token's adapters have in a pool. They come from memory in short stretches, which the
+    processor does not foresee; asking ahead lets them arrive while the rows before are computed."""
     for e in range(starts.shape[0]):
-        start = starts[e]
-        for r in range(start, start + ranks[start]):
-            shrunk = np.float32(0)
-            for i in range(in_features):
-                shrunk += x_row[i] * widen(a_pool[r, i])
-            shrunk *= weights[e]
-            for o in range(out_features):
-                total[o] += shrunk * widen(b_pool[r, o])
-    for o in range(out_features):
+        rank = ranks[starts[e]]
+        if rank > 0:
+            prefetch(pool[starts[e]].ctypes.data, rank * pool.shape[1] * pool.itemsize)
+
+
+@njit(**OPTIONS)
+def _shrink_entries(shrunk: Any, x_row: Any, a_pool: Any, ranks: Any, starts: Any, weights: Any) -> None:
+    """shrunk = weight_e · (x · A_eᵀ), the entries e end to end."""
+    at = 0
+    for e in range(starts.shape[0]):
+        rank = ranks[starts[e]]
+        _shrink(x_row, a_pool[starts[e] : starts[e] + rank], shrunk[at : at + rank])
+        for r in range(at, at + rank):
+            shrunk[r] *= weights[e]
+        at += rank
+
+
+@njit(**OPTIONS)
+def _expand_entries(y: Any, shrunk: Any, b_pool: Any, ranks: Any, starts: Any) -> None:
+    """y += Σ_e shrunk_e · B_e, accumulated in float32, rounded once."""
+    total = np.empty(y.shape[0], np.float32)
+    for o in range(y.shape[0]):
+        total[o] = widen(y[o])
+    at = 0
+    for e in range(starts.shape[0]):
+        rank = ranks[starts[e]]
+        _expand(total, shrunk[at : at + rank], b_pool[starts[e] : starts[e] + rank])
+        at += rank
+    for o in range(y.shape[0]):
         y[o] = narrow(total[o], y)
 
 
 @njit(**OPTIONS)
-def _targets(ranks: Any, starts: Any) -> bool:
-    """Whether any entry's adapter has a rank in the module."""
-    found = False
+def _total_rank(ranks: Any, starts: Any) -> Any:
+    """Ranks of all entries' adapters in a module; 0 = none targets it."""
+    total = np.int64(0)
     for e in range(starts.shape[0]):
-        found = found or ranks[starts[e]] > 0
-    return found
+        total += ranks[starts[e]]
+    return total
+
+
+@njit(**OPTIONS)
+def _fetch(pool: Any, ranks: Any, starts: Any) -> None:
+    """Ask for the rows that a token's adapters have in a pool. They come from memory in short stretches, which the
+    processor does not foresee; asked for ahead, they arrive while the rows before them are computed."""
+    for e in range(starts.shape[0]):
+        rank = ranks[starts[e]]
+        if rank > 0:
+            prefetch(pool[starts[e]].ctypes.data, rank * pool.shape[1] * pool.itemsize)
 
 
 @njit(**OPTIONS)
@@ -71,19 +138,23 @@ def _add_token(arguments: int, chunk: int, kind: Any) -> None:
     starts = carray(pointer(fields[STARTS]), _MANY, np.int32)[begin:end]
     weights = carray(pointer(fields[WEIGHTS]), _MANY, np.float32)[begin:end]
     in_features, num_rows, num_modules = fields[IN_FEATURES], fields[NUM_ROWS], fields[NUM_MODULES]
-    x = carray(pointer(fields[X]), _MANY, kind)[token * fields[X_STRIDE] :]
-    x_row = np.empty(in_features, np.float32)
-    for i in range(in_features):
-        x_row[i] = widen(x[i])
+    begin_x = token * fields[X_STRIDE]
+    x_row = carray(pointer(fields[X]), _MANY, kind)[begin_x : begin_x + in_features]
     a_pools = carray(pointer(fields[A_POOL]), (num_modules, num_rows, in_features), kind)
     ranks = carray(pointer(fields[RANKS]), (num_modules, num_rows), np.int32)
+    _fetch(a_pools[0], ranks[0], starts)
     for module in range(num_modules):
-        if _targets(ranks[module], starts):
-            at = MODULES + module * MODULE
-            out_features = fields[at + OUT_FEATURES]
-            b_pool = carray(pointer(fields[at + B_POOL]), (num_rows, out_features), kind)
+        at, total_rank = MODULES + module * MODULE, _total_rank(ranks[module], starts)
+        out_features = fields[at + OUT_FEATURES]
+        b_pool = carray(pointer(fields[at + B_POOL]), (num_rows, out_features), kind)
+        shrunk = np.empty(total_rank, np.float32)
+        _fetch(b_pool, ranks[module], starts)
+        _shrink_entries(shrunk, x_row, a_pools[module], ranks[module], starts, weights)
+        if module + 1 < num_modules:
+            _fetch(a_pools[module + 1], ranks[module + 1], starts)
+        if total_rank > 0:
             y = carray(pointer(fields[at + Y]), _MANY, kind)[token * out_features : (token + 1) * out_features]
-            _add_row(y, x_row, a_pools[module], b_pool, ranks[module], starts, weights)
+            _expand_entries(y, shrunk, b_pool, ranks[module], starts)
 
 
 @chunk_kernel(**OPTIONS)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from adapters.module_names import BaseModules, linears_of
+from adapters.ops import bf16_dot
 from adapters.ops.thread_team import ThreadTeam, start_team
 from adapters.shared_inputs import SharedInputs
 from server.config import ModelConfig
-from server.engine import panel_linear
 from server.engine.attention import select_backend
 from server.engine.attention.interface import ATTENTION_NAME, KVLayer, LayerBinding, StepContext, bind
 from server.engine.kv_cache import KVShape
@@ -148,7 +148,7 @@ def _device(wanted: str) -> torch.device:
 def _share_out_threads(wanted: int | None, *, own_product: bool) -> ThreadTeam:
     """The team our kernels run on. Two pools of threads would take the cores from each other, so torch is left with one
     thread where our kernels do the products, and our team has one where torch does them."""
-    if own_product and panel_linear.is_supported():
+    if own_product and bf16_dot.is_supported():
         torch.set_num_threads(1)
         return start_team(wanted or len(os.sched_getaffinity(0)))
     # OpenMP's threads wait for each other by spinning: one core stays free for connections and tokenisation.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adapters.ops import bf16_dot
 from adapters.ops.thread_team import ThreadTeam
 from server.engine import panel_linear
 
@@ -52,7 +53,7 @@ def pack_linears(model: nn.Module, groups: Sequence[Sequence[str]], team: Thread
     elsewhere are kept beside."""
     uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     kept = {id(module): uses[id(module.weight)] > 1 for module in model.modules() if type(module) is nn.Linear}
-    panels = _pack_panels(model, groups, team, kept) if panel_linear.is_supported() else 0
+    panels = _pack_panels(model, groups, team, kept) if bf16_dot.is_supported() else 0
     return PackedCount(panels=panels, onednn=_pack_with_onednn(model, kept))
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from llvmlite import binding
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -70,11 +69,6 @@ class _Product:
             arguments[field] = y.data_ptr()
         self._run(self._kernel, self._address, self._num_chunks)
         return ys
-
-
-def is_supported() -> bool:
-    """Whether this processor has the instruction the kernel is made of."""
-    return bool(binding.get_host_cpu_features().get("avx512bf16", False))
 
 
 def fits(linear: nn.Linear) -> bool:

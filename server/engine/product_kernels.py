@@ -20,6 +20,7 @@ from numba import types
 from numba.np.numpy_support import carray
 
 from adapters.ops.bf16 import pointer
+from adapters.ops.bf16_dot import PAIRS, BFloat, declare, declare_dot
 from adapters.ops.thread_team import chunk_kernel
 
 PANEL = 32
@@ -34,24 +35,10 @@ _MAX_MODULES = 64
 _NUM_FIELDS = MODULES + _MAX_MODULES * MODULE
 
 
-class _BFloat(ir.types.Type):  # type: ignore[misc]
-    """LLVM's bfloat, which llvmlite has no name for."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
-
-
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _SUMS = ir.VectorType(ir.FloatType(), 16)
 _LANES = ir.VectorType(_I32, 16)
-_PAIRS = ir.VectorType(_BFloat(), 32)
-_NARROW = ir.VectorType(_BFloat(), 16)
+_NARROW = ir.VectorType(BFloat(), 16)
 _HALVES = PANEL // 16
 _intrinsic: Any = numba.extending.intrinsic
 
@@ -98,13 +85,13 @@ def _emit_rows(
     sums = [[builder.phi(_SUMS) for _ in range(_HALVES)] for _ in range(count)]
     first = builder.mul(pair, ir.Constant(_I64, _HALVES))
     weights = [
-        builder.bitcast(_load(builder, panel, builder.add(first, ir.Constant(_I64, half)), align=64), _PAIRS)
+        builder.bitcast(_load(builder, panel, builder.add(first, ir.Constant(_I64, half)), align=64), PAIRS)
         for half in range(_HALVES)
     ]
-    dot = _declare(builder, "llvm.x86.avx512bf16.dpbf16ps.512", ir.FunctionType(_SUMS, [_SUMS, _PAIRS, _PAIRS]))
+    dot = declare_dot(builder)
     added = []
     for r in range(count):
-        spread = builder.bitcast(_spread(builder, _load(builder, x_rows[r], pair, align=2)), _PAIRS)
+        spread = builder.bitcast(_spread(builder, _load(builder, x_rows[r], pair, align=2)), PAIRS)
         added.append([builder.call(dot, [sums[r][half], spread, weights[half]]) for half in range(_HALVES)])
     next_pair = builder.add(pair, ir.Constant(_I64, 1))
     builder.cbranch(builder.icmp_signed("<", next_pair, num_pairs), loop, after)
@@ -115,7 +102,7 @@ def _emit_rows(
             sums[r][half].add_incoming(start[half], before)
             sums[r][half].add_incoming(added[r][half], loop)
     builder.position_at_end(after)
-    narrow = _declare(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.FunctionType(_NARROW, [_SUMS]))
+    narrow = declare(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.FunctionType(_NARROW, [_SUMS]))
     for r in range(count):
         out = at(row(y, y_stride, r), _NARROW)
         for half in range(_HALVES):
@@ -132,10 +119,6 @@ def _spread(builder: Any, element: Any) -> Any:
     undefined = ir.Constant(_LANES, ir.Undefined)
     single = builder.insert_element(undefined, element, ir.Constant(_I32, 0))
     return builder.shuffle_vector(single, undefined, ir.Constant(_LANES, [0] * 16))
-
-
-def _declare(builder: Any, name: str, kind: Any) -> Any:
-    return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
 
 
 @chunk_kernel(error_model="numpy", boundscheck=False)

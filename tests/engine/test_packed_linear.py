@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adapters.ops import bf16_dot
 from adapters.ops.thread_team import ThreadTeam
 from server.engine import packed_linear, panel_linear
 from server.engine.packed_linear import PackedCount, PackedLinear
@@ -26,7 +27,7 @@ def pack_linears(model: nn.Module, *groups: tuple[str, ...]) -> PackedCount:
 def packed_class(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[nn.Linear]:
     """Each of the two products, where this processor has it."""
     if request.param == "onednn":
-        monkeypatch.setattr(panel_linear, "is_supported", lambda: False)
+        monkeypatch.setattr(bf16_dot, "is_supported", lambda: False)
     wanted: type[nn.Linear] = PanelLinear if request.param == "panels" else PackedLinear
     trial = nn.Sequential(linear(8, 32, torch.bfloat16))
     pack_linears(trial)
@@ -113,7 +114,7 @@ def test_threads_and_strides_change_no_bit(packed_class: type[nn.Linear]) -> Non
 
 
 def test_what_cannot_be_packed_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(panel_linear, "is_supported", lambda: False)
+    monkeypatch.setattr(bf16_dot, "is_supported", lambda: False)
     monkeypatch.setattr(packed_linear, "_pack", lambda _: None)
     model = nn.Sequential(linear(8, 32, torch.bfloat16))
     assert pack_linears(model) == PackedCount(panels=0, onednn=0) and type(model[0]) is nn.Linear

@@ -56,9 +56,10 @@ class Run:
     commands: dict[str, str] = field(default_factory=dict)
     bandwidth: Bandwidth | None = None
 
-    def save(self) -> None:
+    def save(self, required: Sequence[Requirement] = ()) -> None:
         self.settings.results.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self._record(), indent=2) + "\n")
+        record = self._record() | {"required": [asdict(each) | {"held": each.held} for each in required]}
+        self.path.write_text(json.dumps(record, indent=2) + "\n")
 
     @property
     def path(self) -> Path:
@@ -94,7 +95,6 @@ def peers(settings: PeersSettings) -> int:
         _measure_cells(run)
     if settings.pairs:
         _measure_pairs(run)
-    run.save()
     return conclude(run)
 
 
@@ -120,24 +120,33 @@ def _start(starter: Starter, name: str, cells: Sequence[Cell]) -> Contender:
 
 
 def _measure_pairs(run: Run) -> None:
+    """Those of the server with many adapters apart: it fills memory."""
     settings = run.settings
-    wanted = {side.server for pair in settings.pairs for side in (pair.over, pair.under)}
-    many = _QUICK_MANY if settings.quick else MANY_ADAPTERS
-    sizes = {Load.LOADED: NUM_ADAPTERS, Load.BARE: 0, Load.FEW: FEW_ADAPTERS, Load.MANY: many}
-    with ExitStack() as stack:
-        starter = _starter(stack, settings)
-        servers = {load: _start_ours(starter, load, sizes[load]) for load in Load if load in wanted}
-        for endpoint in servers.values():
-            run.note(endpoint)
-        run.bandwidth = measure_bandwidth()  # everyone is held still
-        rounds = measure_pairs(
-            servers, settings.pairs, run.results, rounds=settings.rounds, quick=settings.quick, save=run.save
-        )
-        asyncio.run(rounds)
+    many = [pair for pair in settings.pairs if Load.MANY in _servers_of(pair)]
+    for pairs in ([pair for pair in settings.pairs if pair not in many], many):
+        if not pairs:
+            continue
+        with ExitStack() as stack:
+            starter = _starter(stack, settings)
+            wanted = {load for pair in pairs for load in _servers_of(pair)}
+            servers = {load: _start_ours(starter, load, settings) for load in Load if load in wanted}
+            for endpoint in servers.values():
+                run.note(endpoint)
+            run.bandwidth = run.bandwidth or measure_bandwidth()  # now, while everyone is held still
+            rounds = measure_pairs(
+                servers, pairs, run.results, rounds=settings.rounds, quick=settings.quick, save=run.save
+            )
+            asyncio.run(rounds)
 
 
-def _start_ours(starter: Starter, load: Load, num_adapters: int) -> Endpoint:
+def _servers_of(pair: Pair) -> set[Load]:
+    return {pair.over.server, pair.under.server}
+
+
+def _start_ours(starter: Starter, load: Load, settings: PeersSettings) -> Endpoint:
     """Default settings, but for room in host memory where the default cannot hold them all."""
+    many = _QUICK_MANY if settings.quick else MANY_ADAPTERS
+    num_adapters = {Load.LOADED: NUM_ADAPTERS, Load.BARE: 0, Load.FEW: FEW_ADAPTERS, Load.MANY: many}[load]
     flags = ["--cpu-lora-memory", str(num_adapters * _HOST_BYTES_PER_ADAPTER)] if load is Load.MANY else []
     return starter.ours(f"{OURS} {load}", num_adapters, *flags)
 
@@ -153,6 +162,7 @@ def conclude(run: Run) -> int:
     found = (decode_limit(run.results, rows, step_bytes, run.bandwidth) for rows in _ETA_ROWS)
     limits: list[DecodeLimit] = [each for each in found if each is not None]
     required: list[Requirement] = requirements(run.results, limits)
+    run.save(required)
     setting = Setting(
         when=run.when,
         command=command_line(),

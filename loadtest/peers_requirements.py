@@ -147,4 +147,13 @@ def _first_token(results: Results) -> Requirement:
 def _pair(results: Results, name: str, what: str, bound: float) -> Requirement:
     over, under = (median(results.pairs.get((name, side), []), rate) for side in ("over", "under"))
     value = None if over is None or under is None else over / under
-    return Requirement(what=what, bound=bound, value=value)
+    distinct = [_adapters_per_step(results, name, side) for side in ("over", "under")]
+    note = f"{distinct[0]:.1f} adapters a step over {distinct[1]:.1f}" if any(distinct) else ""
+    return Requirement(what=what, bound=bound, value=value, note=note)
+
+
+def _adapters_per_step(results: Results, name: str, side: str) -> float:
+    """The mean over what was proven, 0 when nothing was."""
+    proofs = [each.figures.proof for each in results.pairs.get((name, side), [])]
+    found = [proof.adapters_per_step for proof in proofs if proof is not None]
+    return statistics.mean(found) if found else 0.0

@@ -1,13 +1,14 @@
 """The engine: requests in, one step at a time, outputs out. Single-threaded; owns scheduler, blocks, pools, model.
 
-`step()` is the whole system: schedule → activate adapters → forward → sample → update. Knows no names, no text, no
-wire: adapters are versions, tokens are ids. A step that raises ends the requests it held with an error and nothing
-else; a row whose logits are not finite ends alone.
+`step()` is the whole system: schedule → activate adapters → forward → sample → update. With look-ahead a step is only
+launched, and its tokens are read one call later, while the device runs the next. Knows no names, no text, no wire:
+adapters are versions, tokens are ids. A step that raises ends the requests it held with an error and nothing else; a
+row whose logits are not finite ends alone.
 """
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,9 +24,10 @@ from server.config import EngineConfig
 from server.engine import kv_cache, probe
 from server.engine.base_model import BaseModel
 from server.engine.block_manager import BlockManager
+from server.engine.device_sampler import DeviceSampler, TokensUnderWay, samples_on_device
 from server.engine.forward_batch import ForwardBatch, build_forward_batch
-from server.engine.model_runner import ModelRunner
 from server.engine.request import EngineStats, Request, RequestOutput, SampledToken, TokenLogprob
+from server.engine.runner_choice import Runner, choose_runner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
 from server.engine.scheduler_output import SchedulerOutput
@@ -34,6 +36,8 @@ from server.errors import BadRequest
 logger = logging.getLogger(__name__)
 
 PromptLogprobs = list[TokenLogprob | None]
+
+_NOT_FINITE = "the model gave no finite logits for this request; is its adapter sound?"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,10 +57,36 @@ class StepResult:
     stats: EngineStats
 
 
-class Engine:
-    """`num_token_ids` is how many ids the tokenizer has, when the model has more (rows of padding are never chosen)."""
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """A step launched whose tokens have not been read."""
 
-    def __init__(self, config: EngineConfig, base: BaseModel, *, num_token_ids: int | None = None) -> None:
+    scheduled: SchedulerOutput
+    sampled: tuple[Request, ...]
+    tokens: TokensUnderWay
+
+    @property
+    def row_of(self) -> dict[str, int]:
+        """Request id → row of the sampled tokens."""
+        return {request.request_id: row for row, request in enumerate(self.sampled)}
+
+
+class Engine:
+    """`num_token_ids` is how many ids the tokenizer has, when the model has more (rows of padding are never chosen).
+
+    `look_ahead` schedules a step before the tokens of the one under way are known; None = on a GPU, where it hides
+    the host's work. It changes no token.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        base: BaseModel,
+        *,
+        num_token_ids: int | None = None,
+        look_ahead: bool | None = None,
+        use_graphs: bool = True,
+    ) -> None:
         if not config.model.skip_probe:
             probe.check(base)
         self.base = base
@@ -70,14 +100,18 @@ class Engine:
         self.blocks = BlockManager(self.memory.num_blocks, block_size, config.cache.enable_prefix_caching)
         self.max_model_len = _max_model_len(config, base, self.memory.num_blocks * block_size)
         self.scheduler = Scheduler(config.scheduler, self.blocks, self.adapters, self.max_model_len)
-        self.runner = ModelRunner(base, layers)
         self.num_token_ids = min(num_token_ids or base.vocab_size, base.vocab_size)
         self.sampler = Sampler(base.vocab_size, allowed_size=self.num_token_ids)
+        self.runner: Runner = choose_runner(config, base, layers, self.max_model_len, use_graphs=use_graphs)
+        is_ahead = base.device.type == "cuda" if look_ahead is None else look_ahead
+        max_num_seqs = config.scheduler.max_num_seqs
+        self.device_sampler = DeviceSampler(self.num_token_ids, max_num_seqs, base.device) if is_ahead else None
+        self._in_flight: _InFlight | None = None
         self._prompt_logprobs: dict[str, PromptLogprobs] = {}
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._in_flight is not None
 
     def add_request(self, request: Request) -> None:
         """Admit a request; raises what Scheduler.add raises when it could never run, and BadRequest for an id that
@@ -109,15 +143,32 @@ class Engine:
         for request_id in scheduled.preempted:  # they compute their prompt again
             self._prompt_logprobs.pop(request_id, None)
         outputs: list[RequestOutput] = []
-        try:
-            self._run(scheduled, outputs)
-        except Exception:
-            logger.exception("a step of %d rows failed; its requests end with an error", len(scheduled.rows))
-            outputs += self._fail([row.request.request_id for row in scheduled.rows], "the engine failed in a step")
+        before = self._take_in_flight()
+        launches = self._launches(scheduled)
+        if before is not None and not launches:  # what follows needs its tokens on the host
+            self._receive(before, outputs)
+            before, scheduled = None, scheduled.still_running()
+        if launches:
+            self._attempt(scheduled, outputs, lambda: self._launch(scheduled, before))
+        else:
+            self._attempt(scheduled, outputs, lambda: self._run(scheduled, outputs))
+        if before is not None:
+            self._receive(before, outputs)
+        if self._in_flight is not None:
+            self.scheduler.advance(self._in_flight.scheduled)
         for output in outputs:
             if output.finish_reason is not None:
                 self._forget(output.request_id)
         return StepResult(outputs=tuple(outputs), stats=self.stats(scheduled))
+
+    def _attempt(self, scheduled: SchedulerOutput, outputs: list[RequestOutput], part: Callable[[], None]) -> None:
+        """Do a part of a step; should it raise, the requests of that step end with an error."""
+        try:
+            part()
+        except Exception:
+            logger.exception("a step of %d rows failed; its requests end with an error", len(scheduled.rows))
+            live = [row.request.request_id for row in scheduled.rows if not row.request.status.is_finished]
+            outputs += self._fail(live, "the engine failed in a step")
 
     def stats(self, scheduled: SchedulerOutput | None = None) -> EngineStats:
         """The engine now; `scheduled` is the step just run, None between steps."""
@@ -129,6 +180,36 @@ class Engine:
             active_versions=self.adapters.active_versions,
         )
 
+    def _launches(self, scheduled: SchedulerOutput) -> bool:
+        """Whether a step can be left under way: every row samples on the device."""
+        rows = scheduled.rows
+        return self.device_sampler is not None and bool(rows) and all(samples_on_device(row.request) for row in rows)
+
+    def _launch(self, scheduled: SchedulerOutput, before: _InFlight | None) -> None:
+        """Send a step to the device and wait for nothing; tokens that `before` samples are taken over there."""
+        assert self.device_sampler is not None
+        self.adapters.activate()
+        pending = before.row_of if before else None
+        batch = build_forward_batch(scheduled.rows, self.blocks.block_size, self.adapters.row_ranges, pending)
+        logits = self.runner.execute(batch, self.device_sampler.last_ids)
+        tokens = self.device_sampler.launch(logits[: len(batch.sampled)], batch.sampled)
+        self._in_flight = _InFlight(scheduled, batch.sampled, tokens)
+
+    def _take_in_flight(self) -> _InFlight | None:
+        step, self._in_flight = self._in_flight, None
+        return step
+
+    def _receive(self, step: _InFlight, outputs: list[RequestOutput]) -> None:
+        """Wait for the tokens of a step launched before, and take them in."""
+        self._attempt(step.scheduled, outputs, lambda: self._read(step, outputs))
+
+    def _read(self, step: _InFlight, outputs: list[RequestOutput]) -> None:
+        pairs = [*zip(step.sampled, step.tokens.read(), strict=True)]
+        broken = [r.request_id for r, token_id in pairs if token_id is None and not r.status.is_finished]
+        outputs += self._fail(broken, _NOT_FINITE)
+        sampled = {r.request_id: SampledToken(token_id) for r, token_id in pairs if token_id is not None}
+        outputs += self.scheduler.update(step.scheduled, sampled)
+
     def _run(self, scheduled: SchedulerOutput, outputs: list[RequestOutput]) -> None:
         """Append the step's outputs to `outputs`, so that those already made outlive an exception after them."""
         sampled: dict[str, SampledToken] = {}
@@ -139,7 +220,7 @@ class Engine:
             logits = self.runner.execute(batch)
             sampled, broken = self._sample(batch, logits)
             broken += self._collect_prompt_logprobs(batch, logits)
-            outputs += self._fail(broken, "the model gave no finite logits for this request; is its adapter sound?")
+            outputs += self._fail(broken, _NOT_FINITE)
             prompt_logprobs = self._take_finished_prompts(scheduled)
         outputs += self.scheduler.update(scheduled, sampled, prompt_logprobs)
 

@@ -4,7 +4,7 @@ All sequences lie end to end in one packed row of `num_tokens` tokens with expli
 inputs but not the model; everything is numpy until the runner moves it to the device.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from adapters.adapter_ref import AdapterUse
 from adapters.lora_batch import LoRABatch, RowRanges
 from server.engine.attention.interface import AttentionMetadata
 from server.engine.request import Request
-from server.engine.scheduler_output import ScheduledRow
+from server.engine.scheduler_output import PENDING_TOKEN_ID, ScheduledRow
 
 IntArray = npt.NDArray[np.int64]
 
@@ -37,15 +37,17 @@ class PromptLogprobRows:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBatch:
     """The arrays of one step. `logits_indices` first names the rows to sample (in the order of `sampled`),
-    then the positions whose logits serve prompt logprobs."""
+    then the positions whose logits serve prompt logprobs. Where `carried` is not -1, the token is the one that row
+    of the step before sampled, known to the device alone; None where all are known."""
 
-    input_ids: IntArray  # [num_tokens]
+    input_ids: IntArray  # [num_tokens], 0 where carried
     positions: IntArray  # [num_tokens]
     logits_indices: IntArray  # [num_logits] indices into the packed tokens
     sampled: tuple[Request, ...]
     prompt_logprobs: tuple[PromptLogprobRows, ...]
     attention: AttentionMetadata
     lora: LoRABatch | None
+    carried: IntArray | None = None  # [num_tokens]
 
     @property
     def num_tokens(self) -> int:
@@ -53,9 +55,14 @@ class ForwardBatch:
 
 
 def build_forward_batch(
-    rows: Sequence[ScheduledRow], block_size: int, row_ranges: Callable[[tuple[AdapterUse, ...]], RowRanges]
+    rows: Sequence[ScheduledRow],
+    block_size: int,
+    row_ranges: Callable[[tuple[AdapterUse, ...]], RowRanges],
+    pending: Mapping[str, int] | None = None,
 ) -> ForwardBatch:
-    """Pack `rows`, in their order; `row_ranges` says where a request's adapters stand in the pools this step."""
+    """Pack `rows`, in their order; `row_ranges` says where a request's adapters stand in the pools this step.
+
+    `pending`: of requests whose last token is PENDING_TOKEN_ID, which row of the step under way samples it."""
     counts = np.array([row.num_new_tokens for row in rows], np.int32)
     starts = np.array([row.request.num_computed_tokens for row in rows], np.int32)
     query_starts = np.zeros(len(rows) + 1, np.int32)
@@ -66,8 +73,11 @@ def build_forward_batch(
     tables = _pad_tables([row.request.block_table for row in rows])
     blocks = tables[row_of_token, positions // block_size].astype(np.int64)
     sampled, prompt_rows, indices = _logits_rows(rows, query_starts)
+    input_ids, carried = _new_token_ids(rows), None
+    if pending:
+        input_ids, carried = _carry(input_ids, row_of_token, rows, pending)
     return ForwardBatch(
-        input_ids=_new_token_ids(rows),
+        input_ids=input_ids,
         positions=positions,
         logits_indices=np.array(indices, np.int64),
         sampled=sampled,
@@ -82,6 +92,7 @@ def build_forward_batch(
         lora=LoRABatch.build(
             counts.tolist(), [row_ranges(row.request.adapters) for row in rows], min_segment=MIN_LORA_SEGMENT
         ),
+        carried=carried,
     )
 
 
@@ -91,6 +102,16 @@ def _new_token_ids(rows: Sequence[ScheduledRow]) -> IntArray:
         begin = row.request.num_computed_tokens
         ids.extend(row.request.token_ids(begin, begin + row.num_new_tokens))
     return np.array(ids, np.int64)
+
+
+def _carry(
+    input_ids: IntArray, row_of_token: IntArray, rows: Sequence[ScheduledRow], pending: Mapping[str, int]
+) -> tuple[IntArray, IntArray]:
+    """The ids with 0 for those not known yet, and the row of the step before that samples each of these."""
+    carried = np.full(len(input_ids), -1, np.int64)
+    for token in np.flatnonzero(input_ids == PENDING_TOKEN_ID).tolist():
+        carried[token] = pending[rows[row_of_token[token]].request.request_id]
+    return np.where(carried < 0, input_ids, 0), carried
 
 
 def _pad_tables(tables: Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:

@@ -19,6 +19,8 @@ from server.engine.token_logprobs import token_logprobs
 
 _ROWS_AT_ONCE = 4  # more would fall out of the processor's cache, and out of malloc's, between one pass and the next
 
+_NO_TOKEN = -1  # in a tensor of ids: nothing could be chosen
+
 
 class _Way(Enum):
     """How a row whose logits are final gets its token."""
@@ -125,8 +127,8 @@ def _store(token_ids: list[int | None], rows: Sequence[int], chosen: Sequence[in
 def _argmax(logits: Tensor) -> list[int | None]:
     """The first largest id of each row; None where the largest is NaN (any NaN makes it so) or infinite."""
     peak, ids = logits.max(-1)
-    finite = torch.isfinite(peak).tolist()
-    return [token_id if ok else None for token_id, ok in zip(ids.tolist(), finite, strict=True)]
+    chosen: list[int] = torch.where(torch.isfinite(peak), ids, _NO_TOKEN).tolist()  # one wait for the device, not two
+    return [None if token_id == _NO_TOKEN else token_id for token_id in chosen]
 
 
 def _select(logits: Tensor, rows: list[int]) -> Tensor:

@@ -66,7 +66,7 @@ def draw_filtered(logits: Tensor, peak: Tensor, filters: Filters, bits: Bits) ->
     mass = _mass(logits, peak, filters)
     values, ids = top_candidates(logits, width)
     weights = weigh(values, peak, filters.temperature)
-    kept = _kept_candidates(values, weights, mass, filters, logits.shape[1])
+    kept = kept_candidates(values, weights, mass, filters, logits.shape[1])
     ids, order = ids.sort(-1)
     weights = (weights * kept).gather(1, order)
     tokens = ids.gather(1, _first_above(weights.cumsum(-1), bits))[:, 0]
@@ -88,7 +88,7 @@ def _mass(logits: Tensor, peak: Tensor, filters: Filters) -> Tensor:
     return mass
 
 
-def _kept_candidates(values: Tensor, weights: Tensor, mass: Tensor, filters: Filters, vocab_size: int) -> Tensor:
+def kept_candidates(values: Tensor, weights: Tensor, mass: Tensor, filters: Filters, vocab_size: int) -> Tensor:
     """bool [n, width]: which candidates pass, a leading part of each row, right wherever it is not the whole row.
 
     values [n, width] are sorted, largest first; mass [n] is the weight of the vocabulary where there is no top_k.

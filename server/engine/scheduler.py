@@ -14,10 +14,17 @@ from server.engine.adapter_room import AdapterRoom, Room
 from server.engine.adapter_room import Residency as Residency
 from server.engine.block_manager import BlockManager
 from server.engine.request import EngineStats, Request, RequestOutput, RequestStatus, SampledToken, TokenLogprob
+from server.engine.request_limits import RequestLimits
 from server.engine.request_queues import RequestQueues
+from server.engine.scheduler_output import (
+    PENDING_TOKEN_ID,
+    SchedulerOutput,
+    StepDraft,
+    has_pending_token,
+    terminal_output,
+)
 from server.engine.scheduler_output import ScheduledRow as ScheduledRow
-from server.engine.scheduler_output import SchedulerOutput, StepDraft
-from server.errors import BadRequest, ContextLengthExceeded
+from server.errors import BadRequest
 
 PromptLogprobs = tuple[TokenLogprob | None, ...]
 
@@ -36,11 +43,12 @@ class Scheduler:
     ) -> None:
         self.config = config
         self.blocks = blocks
-        self.max_model_len = max_model_len
+        self._limits = RequestLimits(max_model_len, capacity=blocks.num_blocks * blocks.block_size)
         self._clock = clock
         self._room = AdapterRoom(residency, config.max_bypassed_steps)
         self._queues = RequestQueues()
         self._unsent: list[RequestOutput] = []  # terminal outputs of requests that ended in schedule()
+        self._ahead: SchedulerOutput | None = None  # the step counted by `advance` whose tokens are not known yet
         self._num_preemptions = self._prefix_queries = self._prefix_hits = 0
 
     @property
@@ -50,7 +58,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request. BadRequest for an empty prompt or an id in use, ContextLengthExceeded when the request
         could not run even alone; nothing changed then."""
-        self._check_can_run(request)
+        self._limits.check(request)
         if request.request_id in self._queues:
             raise BadRequest(f"request id {request.request_id!r} is in use; choose another", param="request_id")
         self._queues.add(request)
@@ -66,6 +74,17 @@ class Scheduler:
         assert step.budget >= 0 and len(self._queues.running) <= self.config.max_num_seqs
         return step.finish(finished=tuple(output.request_id for output in self._unsent))
 
+    def advance(self, output: SchedulerOutput) -> None:
+        """Count a step as computed before its tokens are known, so that the next can be scheduled: a row that samples
+        gets PENDING_TOKEN_ID, which `update` of the same step replaces. At most one step is ahead."""
+        assert self._ahead is None, "a step is ahead already"
+        self._ahead = output
+        for row in output.rows:
+            if row.request.status is RequestStatus.RUNNING:
+                row.request.num_computed_tokens += row.num_new_tokens
+                if row.samples:
+                    row.request.output_token_ids.append(PENDING_TOKEN_ID)
+
     def update(
         self,
         output: SchedulerOutput,
@@ -73,19 +92,25 @@ class Scheduler:
         prompt_logprobs: Mapping[str, PromptLogprobs] | None = None,
     ) -> list[RequestOutput]:
         """Take in what a step computed: `sampled` holds a token for every row that samples, `prompt_logprobs` those
-        of the requests whose prompt this step completed. Requests that ended since `schedule` are passed over.
+        of the requests whose prompt this step completed. Requests that ended since `schedule` are passed over; one
+        that was preempted since `advance` takes its token along.
 
         Should it raise half-way, the outputs made so far go out with `fail`."""
+        if self._ahead is not output:
+            self.advance(output)
+        self._ahead = None
         for row in output.rows:
             request = row.request
-            if request.status is not RequestStatus.RUNNING:
+            if request.status.is_finished:
                 continue
             token = sampled[request.request_id] if row.samples else None
-            request.num_computed_tokens += row.num_new_tokens
-            self.blocks.commit(request)
+            if token is not None:
+                request.output_token_ids[-1] = token.token_id
+            if request.status is RequestStatus.RUNNING:
+                self.blocks.commit(request)
             if token is not None or request.num_computed_tokens == request.num_tokens:
                 found = prompt_logprobs.get(request.request_id) if prompt_logprobs else None
-                self._unsent.append(self._advance(request, token, found))
+                self._unsent.append(self._report(request, token, found))
         return self._take_unsent()
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -94,7 +119,7 @@ class Scheduler:
         if request is None:
             return None
         self._end(request, RequestStatus.FINISHED_ABORT)
-        return _terminal_output(request)
+        return terminal_output(request)
 
     def fail(self, request_ids: Iterable[str], message: str) -> list[RequestOutput]:
         """End requests with an error. Their blocks leave the prefix cache: what the step wrote is not trusted."""
@@ -103,7 +128,9 @@ class Scheduler:
             request = self._queues.get(request_id)
             if request is not None:
                 self._end(request, RequestStatus.FINISHED_ERROR)
-                outputs.append(_terminal_output(request, message))
+                outputs.append(terminal_output(request, message))
+        if self._ahead is not None and all(row.request.status.is_finished for row in self._ahead.rows):
+            self._ahead = None  # nobody waits for its tokens
         return outputs
 
     def stats(
@@ -136,35 +163,19 @@ class Scheduler:
         self.blocks.check_integrity()
         running, waiting = self._queues.running, self._queues.waiting
         assert len(running) <= self.config.max_num_seqs, "more running than max_num_seqs"
-        assert all(request.num_computed_tokens < request.num_tokens for request in running), "nothing to compute"
+        if self._ahead is None:
+            assert all(request.num_computed_tokens < request.num_tokens for request in running), "nothing to compute"
+            assert not any(map(has_pending_token, [*running, *waiting])), "a token is pending of no step"
         assert not any(request.block_table or request.num_computed_tokens for request in waiting), "waits with blocks"
         assert all(request_id in self._queues for request_id in self.blocks.holders), "an ended request holds blocks"
         assert self._room.bypassed <= {request.request_id for request in waiting}, "an ended wait is still counted"
-
-    def _check_can_run(self, request: Request) -> None:
-        num_prompt, max_tokens = request.num_prompt_tokens, request.sampling_params.max_tokens
-        if num_prompt == 0:
-            raise BadRequest("the prompt has 0 tokens; send at least 1", param="prompt")
-        if num_prompt + min(max_tokens, 1) > self.max_model_len:
-            raise ContextLengthExceeded(
-                f"the prompt has {num_prompt} tokens and leaves no room to generate within the model's "
-                f"{self.max_model_len}; shorten the prompt or restart with a larger --max-model-len",
-                param="prompt",
-            )
-        # The last token sampled is never computed, so it needs no slot.
-        num_slots = max(num_prompt, min(num_prompt + max_tokens, self.max_model_len) - 1)
-        capacity = self.blocks.num_blocks * self.blocks.block_size
-        if num_slots > capacity:
-            raise ContextLengthExceeded(
-                f"{num_prompt} tokens of prompt and max_tokens={max_tokens} need {num_slots} tokens of KV cache, which "
-                f"holds {capacity}; lower max_tokens, shorten the prompt or restart with a larger --kv-cache-memory",
-                param="max_tokens",
-            )
 
     def _running_with_room(self) -> list[tuple[Request, int]]:
         """Running requests whose adapters are resident for this step, by arrival, with the tokens each lacks."""
         ready = []
         for request in list(self._queues.running):
+            if self._ahead is not None and self._limits.will_end(request):
+                continue
             room = self._room.keep(request)
             if room is Room.GRANTED:
                 ready.append((request, request.num_tokens - request.num_computed_tokens))
@@ -227,13 +238,11 @@ class Scheduler:
             self._prefix_queries += request.num_tokens
             self._prefix_hits += num_cached_tokens
 
-    def _advance(
+    def _report(
         self, request: Request, token: SampledToken | None, prompt_logprobs: PromptLogprobs | None
     ) -> RequestOutput:
-        """All known tokens are computed: append the next one, if there is one, and end the request after the last."""
-        if token is not None:
-            request.output_token_ids.append(token.token_id)
-        status = self._end_status(request)
+        """The output of a request that got its next token or had none to get; ends it after the last."""
+        status = self._limits.end_status(request)
         if status is not None:
             self._end(request, status)
         return RequestOutput(
@@ -247,16 +256,9 @@ class Scheduler:
             first_scheduled_time=request.first_scheduled_time,
         )
 
-    def _end_status(self, request: Request) -> RequestStatus | None:
-        """How the request ends with its last token; None when it goes on."""
-        params, num_output = request.sampling_params, request.num_output_tokens
-        if num_output > params.min_tokens and request.output_token_ids[-1] in request.stop_ids:
-            return RequestStatus.FINISHED_STOP
-        if num_output >= params.max_tokens or request.num_tokens >= self.max_model_len:
-            return RequestStatus.FINISHED_LENGTH
-        return None
-
     def _end(self, request: Request, status: RequestStatus) -> None:
+        if has_pending_token(request):
+            request.output_token_ids.pop()
         self._queues.end(request, status)
         self._room.forget(request.request_id)
         self.blocks.forget(request, keep_cached=status is not RequestStatus.FINISHED_ERROR)
@@ -266,7 +268,7 @@ class Scheduler:
         versions = ", ".join(use.version[:12] for use in request.adapters)
         message = f"adapters {versions} do not fit on the device together; name fewer or restart with a larger"
         self._end(request, RequestStatus.FINISHED_ERROR)
-        self._unsent.append(_terminal_output(request, f"{message} --lora-memory"))
+        self._unsent.append(terminal_output(request, f"{message} --lora-memory"))
 
     def _take_unsent(self) -> list[RequestOutput]:
         unsent, self._unsent = self._unsent, []
@@ -276,16 +278,6 @@ class Scheduler:
 def _is_far_behind(candidate: tuple[Request, int]) -> bool:
     """Sorts requests that lack one token before those with more to compute; each side stays by arrival."""
     return candidate[1] > 1
-
-
-def _terminal_output(request: Request, error: str | None = None) -> RequestOutput:
-    return RequestOutput(
-        request_id=request.request_id,
-        finish_reason=request.status.finish_reason,
-        num_cached_tokens=request.num_cached_tokens,
-        first_scheduled_time=request.first_scheduled_time,
-        error=error,
-    )
 
 
 def _versions(requests: Iterable[Request]) -> tuple[str, ...]:

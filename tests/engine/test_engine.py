@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adapters.errors import AdapterCapacity
-from adapters.lora_layers import ModuleLoRA
+from adapters.lora_group import GroupLoRA
 from adapters.lora_model import LoRAWeights
 from server.engine.forward_batch import ForwardBatch
 from server.engine.request import FinishReason, Request
@@ -195,17 +195,17 @@ def test_a_half_done_pool_write_leaves_nothing_behind(llama: Path, adapter: Path
     clean.add("slim", PROMPT, clean.load(slim), max_tokens=8)
     clean.run()
 
-    modules = list(harness.engine.adapters.layers._modules.values())
-    write = type(modules[-1]).write
+    last = list(harness.engine.adapters.layers._modules.values())[-1]
+    write = GroupLoRA.write
 
-    def fail_on_the_last(module: ModuleLoRA, start: int, weights: LoRAWeights) -> None:
-        if module is modules[-1]:
+    def fail_on_the_last(group: GroupLoRA, index: int, start: int, weights: LoRAWeights) -> None:
+        if group is last.group and index == last.index:
             raise MemoryError("planted")
-        write(module, start, weights)
+        write(group, index, start, weights)
 
     version = harness.load(adapter)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ModuleLoRA, "write", fail_on_the_last)
+        patch.setattr(GroupLoRA, "write", fail_on_the_last)
         harness.add("doomed", PROMPT, version)
         harness.engine_step()
     assert harness.outputs["doomed"][-1].finish_reason is FinishReason.ERROR

@@ -45,10 +45,17 @@ class EngineHarness:
 
     @classmethod
     def open(
-        cls, folder: Path, dtype: str, squeeze: Squeeze | None = None, *, num_token_ids: int | None = None
+        cls,
+        folder: Path,
+        dtype: str,
+        squeeze: Squeeze | None = None,
+        *,
+        num_token_ids: int | None = None,
+        look_ahead: bool = False,
+        device: str = "cpu",
     ) -> "EngineHarness":
         squeeze = squeeze or Squeeze()
-        base = load_base_model(folder, folder.name, ModelConfig(dtype=dtype, device="cpu"))
+        base = load_base_model(folder, folder.name, ModelConfig(dtype=dtype, device=device))
         each = block_bytes(base.kv_shapes, squeeze.block_size, base.dtype)
         config = EngineConfig(
             cache=CacheConfig(block_size=squeeze.block_size, kv_cache_memory=each * (squeeze.num_blocks or 1024)),
@@ -57,7 +64,7 @@ class EngineHarness:
             ),
             lora=LoRALimits(lora_memory=squeeze.lora_memory, max_loras=squeeze.max_loras),
         )
-        harness = cls(Engine(config, base, num_token_ids=num_token_ids))
+        harness = cls(Engine(config, base, num_token_ids=num_token_ids, look_ahead=look_ahead))
         harness._record_logits()
         return harness
 
@@ -72,9 +79,9 @@ class EngineHarness:
         self.engine.sampler.sample = recording  # type: ignore[method-assign]
         execute = self.engine.runner.execute
 
-        def counting(batch: ForwardBatch) -> Tensor:
+        def counting(batch: ForwardBatch, last_ids: Tensor | None = None) -> Tensor:
             self.num_segments += len(batch.lora.segments) if batch.lora else 0
-            return execute(batch)
+            return execute(batch, last_ids)
 
         self.engine.runner.execute = counting  # type: ignore[method-assign]
 
@@ -89,13 +96,19 @@ class EngineHarness:
         return AdapterUse(version, weight)
 
     def add(
-        self, request_id: str, prompt: Sequence[int], *uses: AdapterUse | AdapterVersion, **sampling: object
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        *uses: AdapterUse | AdapterVersion,
+        stop_ids: frozenset[int] = frozenset(),
+        **sampling: object,
     ) -> Request:
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": 64, "ignore_eos": True, **sampling})  # type: ignore[arg-type]
         request = Request(
             request_id=request_id,
             prompt_token_ids=tuple(prompt),
             sampling_params=params,
+            stop_ids=stop_ids,
             adapters=tuple(use if isinstance(use, AdapterUse) else AdapterUse(use) for use in uses),
         )
         self.requests[request_id] = request

@@ -40,7 +40,8 @@ class GPULoRA:
                 f"a group of {pools.num_modules} modules is over the {MAX_MODULES} of one launch: split it"
             )
         self._pools = pools
-        self._blocks = blocks or block_sizes(pools.in_features, pools.out_features)
+        element_size = pools.a_pool.element_size()
+        self._blocks = blocks or block_sizes(pools.in_features, pools.out_features, element_size=element_size)
         # Block i of the row expand belongs to module m for first[m] <= i < first[m + 1], [num_modules + 1].
         num_blocks = [_num_blocks(out, self._blocks.row_block_n) for out in pools.out_features]
         self._first_blocks = tuple(accumulate(num_blocks, initial=0))
@@ -110,7 +111,7 @@ class GPULoRA:
                 *(y, b_pool, batch.workspace, pools.ranks, *step, batch.tile_weights, pools.a_pool.shape[1], module),
                 OUT=y.shape[1],
                 BLOCK_N=block_n,
-                num_warps=self._blocks.tile_expand_warps,
+                num_warps=4,
                 num_stages=2,
                 **constants,
             )

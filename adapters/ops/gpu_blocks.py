@@ -10,10 +10,10 @@ Sizes are chosen for an H200: 132 multiprocessors, 16-byte loads, about 60 MB of
                    in > 2048         K 512, one a split     4  rank 16 in bf16: 16 KB, 8 loads of 16 bytes a thread
     expand rows    out sum < 8192    N 256                  4  8 rows of 1024 outputs still make 32 programs
                    out sum >= 8192   N 512                  4  the partials are read once per N block: fewer blocks
-    shrink tiles   any               M 64, K 128            4  one matrix-unit tile; 3 stages of 32 KB at rank 64
+    shrink tiles   bf16              M 64, K 128            4  one matrix-unit tile; 3 stages of 32 KB at rank 64
+                   float32           M 64, K 32             4  every product is three of tf32: more would spill
                    splits            of 2048, at most 4        qkv of 2048 tokens: 192 programs, few partials to reread
-    expand tiles   out sum < 8192    M 64, N 128            4  64 accumulator registers a thread
-                   out sum >= 8192   M 64, N 256            8  the same, and half as many readers of the partials
+    expand tiles   any               M 64, N 128            4  64 accumulators a thread, 4 programs a multiprocessor
 
 Rank is never padded beyond a block of 16; only the shrink of tiles above rank 16 takes 64, so as to read x once.
 """
@@ -53,7 +53,6 @@ class BlockSizes:
     tiles: Split
     row_block_n: int
     tile_block_n: int
-    tile_expand_warps: int
 
 
 def split(in_features: int, block_k: int, span: int, max_count: int) -> Split:
@@ -63,16 +62,15 @@ def split(in_features: int, block_k: int, span: int, max_count: int) -> Split:
     return Split(count=_ceil_div(in_features, steps * block_k), steps=steps, block_k=block_k)
 
 
-def block_sizes(in_features: int, out_features: tuple[int, ...]) -> BlockSizes:
-    """The table above."""
-    num_modules, is_wide = len(out_features), sum(out_features) >= 8192
+def block_sizes(in_features: int, out_features: tuple[int, ...], *, element_size: int) -> BlockSizes:
+    """The table above; element_size is 2 or 4 bytes."""
+    num_modules = len(out_features)
     row_block_k = 256 if in_features <= 2048 else 512
     return BlockSizes(
         rows=split(in_features, row_block_k, row_block_k, MAX_ROW_PARTIALS // num_modules),
-        tiles=split(in_features, 128, 2048, MAX_TILE_PARTIALS // MAX_MODULES),
-        row_block_n=512 if is_wide else 256,
-        tile_block_n=256 if is_wide else 128,
-        tile_expand_warps=8 if is_wide else 4,
+        tiles=split(in_features, 128 if element_size == 2 else 32, 2048, MAX_TILE_PARTIALS // MAX_MODULES),
+        row_block_n=256 if sum(out_features) < 8192 else 512,
+        tile_block_n=128,
     )
 
 

@@ -26,7 +26,6 @@ SMALL = BlockSizes(
     tiles=Split(count=2, steps=2, block_k=64),
     row_block_n=128,
     tile_block_n=128,
-    tile_expand_warps=4,
 )
 POPULARITY = {
     "distinct": [0, 1, 2, 3, 4],

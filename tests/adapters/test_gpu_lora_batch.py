@@ -122,8 +122,9 @@ def test_buckets_share_a_workspace_and_keep_it() -> None:
 
 @pytest.mark.parametrize("in_features", [1, 48, 576, 1536, 4096, 14336, 28672, 53248])
 @pytest.mark.parametrize("num_modules", range(1, MAX_MODULES + 1))
-def test_splits_cover_the_input_within_the_workspace(in_features: int, num_modules: int) -> None:
-    blocks = block_sizes(in_features, (64,) * num_modules)
+@pytest.mark.parametrize("element_size", [2, 4])
+def test_splits_cover_the_input_within_the_workspace(in_features: int, num_modules: int, element_size: int) -> None:
+    blocks = block_sizes(in_features, (64,) * num_modules, element_size=element_size)
     for split, limit in ((blocks.rows, MAX_ROW_PARTIALS), (blocks.tiles, MAX_TILE_PARTIALS)):
         span = split.steps * split.block_k
         assert (split.count - 1) * span < in_features <= split.count * span

@@ -133,5 +133,10 @@ def output_tokens(*, quick: bool) -> int:
 
 
 def seeded(workload: Workload, *, round_number: int, place: int, quick: bool) -> Workload:
-    """`workload` with prompts that only this place of this round has."""
-    return replace(workload, seed=round_number * _SEEDS_PER_ROUND + place, max_tokens=output_tokens(quick=quick))
+    """`workload` with prompts that only this place of this round has; a quick one sends no more than fit at once."""
+    return replace(
+        workload,
+        seed=round_number * _SEEDS_PER_ROUND + place,
+        num_requests=workload.in_flight if quick else workload.num_requests,
+        max_tokens=output_tokens(quick=quick),
+    )

@@ -7,6 +7,7 @@ at a time, and what is quoted is the ratio of medians. Our side's mix is proven 
 import asyncio
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from typing import Any
 from loadtest.peers_bytes import Bandwidth, StepBytes, measure_bandwidth
 from loadtest.peers_cells import FEW_ADAPTERS, MANY_ADAPTERS, NUM_ADAPTERS, Cell, Load, Pair, output_tokens
 from loadtest.peers_endpoints import OURS, PEERS, PEFT, Contender, Endpoint, Programs, Starter, find_programs
-from loadtest.peers_requirements import DecodeLimit, Requirement, decode_limit, requirements
+from loadtest.peers_requirements import ETA_ROWS, DecodeLimit, Requirement, decode_limit, requirements
 from loadtest.peers_rounds import Results, measure_cells, measure_pairs
 from loadtest.peers_table import Setting, page
 from loadtest.peers_versions import versions_of
@@ -29,7 +30,6 @@ from loadtest.report import describe_machine
 _QUIET_LOAD = 0.5  # the system's load average, above which somebody else is using the machine
 _QUICK_MANY = 40  # adapters in place of MANY_ADAPTERS
 _HOST_BYTES_PER_ADAPTER = 12 << 20  # what an adapter of rank 16 takes here, rounded up
-_ETA_ROWS = (8, 32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +159,7 @@ def _starter(stack: ExitStack, settings: PeersSettings) -> Starter:
 def conclude(run: Run) -> int:
     """Print and write the page; the verdict is of what was measured."""
     settings, step_bytes = run.settings, StepBytes.of(default_gguf())
-    found = (decode_limit(run.results, rows, step_bytes, run.bandwidth) for rows in _ETA_ROWS)
+    found = (decode_limit(run.results, rows, step_bytes, run.bandwidth) for rows in ETA_ROWS)
     limits: list[DecodeLimit] = [each for each in found if each is not None]
     required: list[Requirement] = requirements(run.results, limits)
     run.save(required)
@@ -189,4 +189,5 @@ def conclude(run: Run) -> int:
 
 
 def command_line() -> str:
-    return "python -m loadtest " + shlex.join(sys.argv[1:])
+    """As it was typed, but for folders of this machine."""
+    return "python -m loadtest " + " ".join(shlex.quote(re.sub(r"^/\S*/", "", each)) for each in sys.argv[1:])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtest import peers_command, server_commands
+from loadtest import peers, peers_command, server_commands
 from loadtest.__main__ import main
 from loadtest.client import LoadTestFailed
 from loadtest.peers import PeersSettings
@@ -88,3 +88,10 @@ def test_commands_are_shown_without_folders_and_adapters() -> None:
 
 def test_peft_takes_part_in_its_own_cells_only() -> None:
     assert [cell.name for cell in CELLS if cell.peft] == ["32x32"]
+
+
+def test_the_page_names_no_folder_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        peers.sys, "argv", ["x", "peers", "--llama-server", "/home/me/bin/llama-server", "--rounds", "3"]
+    )
+    assert peers.command_line() == "python -m loadtest peers --llama-server llama-server --rounds 3"

@@ -8,9 +8,13 @@ targeted). No entry = base, one = the usual, k = unmerged composition.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+TILE = 48
+"""Tokens of a segment that are computed as one piece."""
 
 RowRanges = tuple[tuple[int, float], ...]
 """The adapters of one request in one step: (first pool row, weight) each; empty = base."""
@@ -26,9 +30,16 @@ class Segment:
     weight: float
 
 
+class Tiles(NamedTuple):
+    """Runs of tokens that use one adapter, in pieces of a size to share out."""
+
+    where: npt.NDArray[np.int64]  # [num_tiles, 3] first token, number of tokens, first pool row
+    weights: npt.NDArray[np.float32]  # [num_tiles]
+
+
 @dataclass(frozen=True)
 class LoRABatch:
-    """The adapters of one step. Long runs of one adapter go to `segments` (matrix products), all other tokens
+    """The adapters of one step. Requests with many tokens go to `segments` (matrix products), all other tokens
     with an adapter to `rows` (the row kernel). A token is in exactly one of the two, base tokens in neither.
     """
 
@@ -43,18 +54,22 @@ class LoRABatch:
         return len(self.indptr) - 1
 
     @cached_property
-    def addresses(self) -> tuple[int, int, int, int]:
-        """Where rows, indptr, starts and weights lie, for a kernel that reads them by address."""
-        arrays = (self.rows, self.indptr, self.starts, self.weights)
-        assert all(array.flags.c_contiguous for array in arrays)
-        return tuple(array.ctypes.data for array in arrays)  # type: ignore[return-value]
+    def tiles(self) -> Tiles:
+        """The segments in pieces of at most TILE tokens."""
+        pieces = [
+            (begin, min(TILE, segment.end - begin), segment.start, segment.weight)
+            for segment in self.segments
+            for begin in range(segment.begin, segment.end, TILE)
+        ]
+        where = np.array([piece[:3] for piece in pieces], dtype=np.int64).reshape(-1, 3)
+        return Tiles(where, np.array([piece[3] for piece in pieces], dtype=np.float32))
 
     @classmethod
     def build(cls, token_counts: Sequence[int], ranges: Sequence[RowRanges], *, min_segment: int) -> "LoRABatch | None":
         """Pack the step's requests, in batch order: request i has token_counts[i] tokens using ranges[i].
 
-        Neighbouring requests with equal single ranges join into one segment when their tokens together number
-        at least `min_segment`. None when no token uses an adapter, so that a base-only step runs no LoRA code.
+        A request of one adapter with at least `min_segment` tokens is a segment. None when no token uses an adapter,
+        so that a base-only step runs no LoRA code.
         """
         if min_segment < 1:
             raise ValueError(f"min_segment is {min_segment}; a segment has at least one token")
@@ -86,14 +101,15 @@ class LoRABatch:
 
 
 def _segments(token_counts: Sequence[int], ranges: Sequence[RowRanges], min_segment: int) -> tuple[Segment, ...]:
-    """The runs of at least `min_segment` tokens over neighbouring requests with equal single ranges."""
+    """The requests of one adapter with at least `min_segment` tokens.
+
+    Neighbours with the same adapter stay apart: which kernel serves a token, and how it rounds, is then a matter of its
+    own request alone.
+    """
     found: list[Segment] = []
-    begin = end = 0  # the run under way is [begin, end) and uses `run`
-    run: RowRanges = ()
-    for count, request in zip((*token_counts, 0), (*ranges, None), strict=True):
-        if request != run:
-            if len(run) == 1 and end - begin >= min_segment:
-                found.append(Segment(begin, end, *run[0]))
-            begin, run = end, request or ()
-        end += count
+    begin = 0
+    for count, request in zip(token_counts, ranges, strict=True):
+        if len(request) == 1 and count >= min_segment:
+            found.append(Segment(begin, begin + count, *request[0]))
+        begin += count
     return tuple(found)

@@ -1,4 +1,7 @@
-"""The LoRA operation on CPU: a numba kernel for single rows (decode), matrix products for segments (prefill)."""
+"""The LoRA operation on CPU: one kernel for single rows (decode), another for tiles of a segment (prefill).
+
+Where the processor, the dtype or a shape does not suit the tile kernel, torch's matrix products serve the segments.
+"""
 
 from collections.abc import Sequence
 
@@ -17,7 +20,7 @@ _KERNELS = {torch.bfloat16: kernels.add_bf16.address, torch.float32: kernels.add
 class CPULoRA:
     """One group's pools with the addresses the kernel reads, taken once because pools never move."""
 
-    __slots__ = ("_fields", "_kernel", "_pools", "_ranks", "_run", "_y_fields")
+    __slots__ = ("_address", "_fields", "_kernel", "_pools", "_ranks", "_run", "_tiles_fit", "_y_fields")
 
     def __init__(self, pools: LoRAPools) -> None:
         dtype = pools.a_pool.dtype
@@ -32,6 +35,8 @@ class CPULoRA:
             pools.ranks.data_ptr(),
             *pools.a_pool.shape,
         )
+        self._address = self._fields.ctypes.data
+        self._tiles_fit = kernels.tiles_fit(dtype is torch.bfloat16, pools.out_features)
         self._y_fields = slice(kernels.MODULES + kernels.Y, None, kernels.MODULE)
         self._fields[kernels.MODULES + kernels.B_POOL :: kernels.MODULE] = [b.data_ptr() for b in pools.b_pools]
         self._fields[kernels.MODULES + kernels.OUT_FEATURES :: kernels.MODULE] = pools.out_features
@@ -48,17 +53,29 @@ class CPULoRA:
             x_stride = x.stride(0)
         if len(batch.rows):
             self._add_rows(ys, x, x_stride, batch)
-        if batch.segments:
+        if batch.segments and self._tiles_fit:
+            self._add_tiles(ys, x, x_stride, batch)
+        elif batch.segments:
             x_rows = x.view(-1, in_features)
             for module, y in enumerate(ys):
                 for segment in batch.segments:
                     self._add_segment(module, y.view(-1, y.shape[-1]), x_rows, segment)
 
     def _add_rows(self, ys: Sequence[Tensor], x: Tensor, x_stride: int, batch: LoRABatch) -> None:
-        fields = self._fields
-        fields[: kernels.A_POOL] = (x.data_ptr(), x_stride, *batch.addresses)
+        self._fields[: kernels.TILES] = (
+            x.data_ptr(),
+            x_stride,
+            *(array.ctypes.data for array in (batch.rows, batch.indptr, batch.starts, batch.weights)),
+        )
+        self._fields[self._y_fields] = [y.data_ptr() for y in ys]
+        self._run(self._kernel, self._address, len(batch.rows))
+
+    def _add_tiles(self, ys: Sequence[Tensor], x: Tensor, x_stride: int, batch: LoRABatch) -> None:
+        fields, tiles = self._fields, batch.tiles
+        fields[kernels.X], fields[kernels.X_STRIDE] = x.data_ptr(), x_stride
+        fields[kernels.TILES], fields[kernels.TILE_WEIGHTS] = tiles.where.ctypes.data, tiles.weights.ctypes.data
         fields[self._y_fields] = [y.data_ptr() for y in ys]
-        self._run(self._kernel, fields.ctypes.data, len(batch.rows))
+        self._run(kernels.add_tile_bf16.address, self._address, len(tiles.where))
 
     def _add_segment(self, module: int, y: Tensor, x: Tensor, segment: Segment) -> None:
         """y[begin:end] += weight · (x[begin:end] · Aᵀ) · B; the shrunk rows are rounded to x's dtype in between."""

@@ -5,13 +5,15 @@ numpy views and resolving types on each of some 120 calls a step costs more than
 Nothing is checked inside.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numba import carray, njit
 
 from adapters.ops.bf16 import narrow, pointer, widen
-from adapters.ops.bf16_dot import LANES, ROWS_AT_ONCE, dot_rows, prefetch, uses_dots
+from adapters.ops.bf16_dot import LANES, ROWS_AT_ONCE, dot_rows, is_supported, prefetch, uses_dots
+from adapters.ops.bf16_tile import MAX_ROWS, WIDTH, add_product
 from adapters.ops.numba_kernels import OPTIONS
 from adapters.ops.thread_team import chunk_kernel
 
@@ -22,14 +24,17 @@ from adapters.ops.thread_team import chunk_kernel
     INDPTR,  # int32 [num_tokens + 1]
     STARTS,  # int32 [nnz]
     WEIGHTS,  # float32 [nnz]
+    TILES,  # int64 [num_tiles, TILE_FIELDS]: first token, number of tokens, first pool row
+    TILE_WEIGHTS,  # float32 [num_tiles]
     A_POOL,  # [num_modules, num_rows, in_features]
     RANKS,  # int32 [num_modules, num_rows]
     NUM_MODULES,
     NUM_ROWS,
     IN_FEATURES,
     MODULES,  # here the fields of each module begin
-) = range(12)
+) = range(14)
 B_POOL, Y, OUT_FEATURES, MODULE = range(4)  # [num_rows, out_features] and [num_tokens, out_features]
+TILE_FIELDS = 3
 _MANY = 2**40  # elements of an array whose length nobody asks for
 
 
@@ -155,6 +160,54 @@ def _add_token(arguments: int, chunk: int, kind: Any) -> None:
         if total_rank > 0:
             y = carray(pointer(fields[at + Y]), _MANY, kind)[token * out_features : (token + 1) * out_features]
             _expand_entries(y, shrunk, b_pool, ranks[module], starts)
+
+
+def tiles_fit(is_bf16: bool, out_features: Sequence[int]) -> bool:
+    """Whether `add_tile_bf16` serves modules of these widths on this processor."""
+    return is_bf16 and is_supported() and all(width % WIDTH == 0 for width in out_features)
+
+
+@njit(**OPTIONS)
+def _add_tile(arguments: int, chunk: int) -> None:
+    """The deltas of up to TILE tokens of one segment, bfloat16; the shrunk rows are rounded in between.
+
+    Only where `tiles_fit`.
+    """
+    fields = carray(pointer(arguments), _MANY, np.int64)
+    tile = carray(pointer(fields[TILES]), _MANY, np.int64)[chunk * TILE_FIELDS : (chunk + 1) * TILE_FIELDS]
+    begin, count, start = tile[0], tile[1], tile[2]
+    weight = carray(pointer(fields[TILE_WEIGHTS]), _MANY, np.float32)[chunk]
+    in_features, num_rows, num_modules = fields[IN_FEATURES], fields[NUM_ROWS], fields[NUM_MODULES]
+    x = carray(pointer(fields[X]), _MANY, np.uint16)
+    a_pools = carray(pointer(fields[A_POOL]), (num_modules, num_rows, in_features), np.uint16)
+    ranks = carray(pointer(fields[RANKS]), (num_modules, num_rows), np.int32)
+    for module in range(num_modules):
+        rank = np.int64(ranks[module, start])
+        if rank == 0:
+            continue
+        at, padded = MODULES + module * MODULE, rank + rank % 2
+        row = np.zeros(padded, np.float32)
+        shrunk = np.empty((count, padded), np.uint16)
+        for t in range(count):
+            begin_x = (begin + t) * fields[X_STRIDE]
+            _shrink(x[begin_x : begin_x + in_features], a_pools[module, start : start + rank], row[:rank])
+            for r in range(padded):
+                shrunk[t, r] = narrow(row[r] * weight, shrunk)
+        out_features, width = fields[at + OUT_FEATURES], np.int64(2 * WIDTH)
+        y = fields[at + Y] + 2 * begin * out_features
+        b_rows = fields[at + B_POOL] + 2 * start * out_features
+        for first in range(0, count, MAX_ROWS):
+            for column in range(out_features // WIDTH):
+                add_product(
+                    min(MAX_ROWS, count - first), shrunk[first:].ctypes.data, 2 * padded,
+                    b_rows + column * width, 2 * out_features, padded // 2,
+                    y + 2 * first * out_features + column * width, 2 * out_features,
+                )  # fmt: skip
+
+
+@chunk_kernel(**OPTIONS)
+def add_tile_bf16(arguments, chunk):  # type: ignore[no-untyped-def]
+    _add_tile(arguments, chunk)
 
 
 @chunk_kernel(**OPTIONS)

@@ -23,6 +23,8 @@ from adapters.shared_inputs import SharedInputs
 from server.config import ModelConfig
 from server.engine.attention import select_backend
 from server.engine.attention.interface import ATTENTION_NAME, KVLayer, LayerBinding, StepContext, bind
+from server.engine.fused_norm import fuse_norms
+from server.engine.fused_rotary import fuse_rotary
 from server.engine.kv_cache import KVShape
 from server.engine.packed_linear import pack_linears
 
@@ -87,6 +89,9 @@ def load_base_model(folder: Path, name: str, settings: ModelConfig) -> BaseModel
         shapes, attention_layers = _discover_attention(model, name)
     modules = replace(modules, groups=shared_inputs.groups())
     pack_linears(model, modules.groups, team)
+    if device.type == "cpu":
+        fuse_norms(model)
+        fuse_rotary(model)
     context = StepContext(select_backend(device))
     bindings = tuple(LayerBinding(context) for _ in attention_layers)
     for layer, binding in zip(attention_layers, bindings, strict=True):

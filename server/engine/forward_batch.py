@@ -18,10 +18,8 @@ from server.engine.scheduler_output import PENDING_TOKEN_ID, ScheduledRow
 
 IntArray = npt.NDArray[np.int64]
 
-MIN_LORA_SEGMENT = 64
-"""Runs of at least this many tokens of one adapter go through matrix products, shorter ones through the row kernel.
-
-The two break even near 50 tokens on one thread and 80 to 90 on two (rank 16, 576 → 1536, bfloat16)."""
+MIN_LORA_SEGMENT = 16
+"""Requests with at least this many new tokens go through matrix products, shorter ones through the row kernel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,19 +9,17 @@ Knows nothing of modules and checks nothing: whoever calls stands for dtypes, sh
 # numba's decorators are untyped and would make every kernel an error.
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numba.extending
 import numpy as np
 import torch
-from numba import njit, prange, types
+from numba import njit, types
 from numba.np.numpy_support import carray, from_dtype
 
 from adapters.ops.bf16 import STORAGE, narrow, widen
-from adapters.ops.numba_kernels import available_threads, entry_point, use_threads
-
-PARALLEL_ELEMENTS = 65_536
-"""Elements of a call from which a second thread pays for its barrier."""
+from adapters.ops.numba_kernels import entry_point
 
 # Sums may be reordered; products that models round one by one may not be contracted into one rounding.
 _SUM: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy", "nogil": True}
@@ -76,7 +74,7 @@ def _rms_norm(out_at, x_at, weight_at, num_rows, dim, eps, offset, rounds_first,
     x = carray(typed_pointer(x_at, like), num_rows * dim)
     out = carray(typed_pointer(out_at, like), num_rows * dim)
     weight = carray(typed_pointer(weight_at, like), dim)
-    for row in prange(num_rows):
+    for row in range(num_rows):
         begin = row * dim
         _normalise(out[begin : begin + dim], x[begin : begin + dim], weight, eps, offset, rounds_first)
 
@@ -114,7 +112,7 @@ def _rotary(  # type: ignore[no-untyped-def]
     k = carray(typed_pointer(k_at, like), num_tokens * k_token_stride + num_kv_heads * k_head_stride)
     cos = carray(typed_pointer(cos_at, like), num_tokens * head_dim)
     sin = carray(typed_pointer(sin_at, like), num_tokens * head_dim)
-    for t in prange(num_tokens):
+    for t in range(num_tokens):
         cos_row, sin_row = cos[t * head_dim : (t + 1) * head_dim], sin[t * head_dim : (t + 1) * head_dim]
         _rotate_token(t, q_out, q, q_head_stride, q_token_stride, num_heads, cos_row, sin_row)
         _rotate_token(t, k_out, k, k_head_stride, k_token_stride, num_kv_heads, cos_row, sin_row)
@@ -123,43 +121,26 @@ def _rotary(  # type: ignore[no-untyped-def]
 Kernel = Callable[..., None]
 
 
-def _compile_lazily(function: Kernel, *, parallel: bool) -> Any:
-    """With machine code kept on disk. Not by `numba_kernels.kernel`: its fastmath reaches into what it inlines."""
+def _compiled(function: Kernel, arguments: tuple[Any, ...], dtype: torch.dtype) -> Kernel:
+    """The entry point of a kernel for one dtype, with machine code kept on disk; the last argument is any number.
+
+    Not by `numba_kernels.kernel`: its fastmath reaches into what it inlines.
+    """
     try:
-        return njit(cache=True, parallel=parallel, **_ROUNDED)(function)
+        dispatcher = njit(cache=True, **_ROUNDED)(function)
     except RuntimeError:  # no writable folder for the cache: compile in every process
-        return njit(parallel=parallel, **_ROUNDED)(function)
+        dispatcher = njit(**_ROUNDED)(function)
+    return entry_point(dispatcher, (*arguments, from_dtype(STORAGE[dtype])))
 
 
-_SERIAL = {function: _compile_lazily(function, parallel=False) for function in (_rms_norm, _rotary)}
-_PARALLEL = {function: _compile_lazily(function, parallel=True) for function in (_rms_norm, _rotary)}
-
-
-class CompiledKernel:
-    """One kernel for one dtype, on one thread or on all of torch's."""
-
-    __slots__ = ("_num_threads", "_parallel", "_serial")
-
-    def __init__(self, function: Kernel, arguments: tuple[Any, ...], dtype: torch.dtype) -> None:
-        signature = (*arguments, from_dtype(STORAGE[dtype]))
-        self._num_threads = available_threads()
-        self._serial = entry_point(_SERIAL[function], signature)
-        self._parallel = entry_point(_PARALLEL[function], signature) if self._num_threads > 1 else self._serial
-
-    def sized(self, num_elements: int) -> Kernel:
-        """What to call now, from this thread, for so many elements. The last argument, `like`, is a number."""
-        if self._num_threads == 1 or num_elements < PARALLEL_ELEMENTS:
-            return self._serial
-        use_threads(self._num_threads)
-        return self._parallel
-
-
-def rms_norm(dtype: torch.dtype) -> CompiledKernel:
+@cache
+def rms_norm(dtype: torch.dtype) -> Kernel:
     """Arguments as of `_rms_norm`."""
     numbers = (types.float32, types.float32, types.boolean)
-    return CompiledKernel(_rms_norm, (*[types.int64] * 5, *numbers), dtype)
+    return _compiled(_rms_norm, (*[types.int64] * 5, *numbers), dtype)
 
 
-def rotary(dtype: torch.dtype) -> CompiledKernel:
+@cache
+def rotary(dtype: torch.dtype) -> Kernel:
     """Arguments as of `_rotary`."""
-    return CompiledKernel(_rotary, (types.int64,) * 14, dtype)
+    return _compiled(_rotary, (types.int64,) * 14, dtype)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adapters.ops.bf16 import STORAGE
 from server.engine import fused_kernels
-from server.engine.fused_kernels import CompiledKernel
+from server.engine.fused_kernels import Kernel
 
 _TRIAL_ROWS = 32
 # Of an element. Sums in another order move x̂ by a step of bf16 now and then, which the weight can make two.
@@ -24,7 +24,7 @@ _MIN_EQUAL = {torch.bfloat16: 0.98, torch.float32: 0.0}  # share of elements; on
 class NormForm(NamedTuple):
     """y = (offset + weight) · x̂ with x̂ = x / √(mean(x²) + eps), for rows [dim] of one dtype."""
 
-    kernel: CompiledKernel
+    kernel: Kernel
     dtype: torch.dtype
     dim: int
     eps: float
@@ -35,9 +35,8 @@ class NormForm(NamedTuple):
         """y of x [..., dim], contiguous."""
         kernel, _, dim, eps, offset, rounds_first = self
         out = torch.empty_like(x)
-        size = x.numel()
-        run = kernel.sized(size)
-        run(out.data_ptr(), x.data_ptr(), weight.data_ptr(), size // dim, dim, eps, offset, rounds_first, 0)
+        num_rows = x.numel() // dim
+        kernel(out.data_ptr(), x.data_ptr(), weight.data_ptr(), num_rows, dim, eps, offset, rounds_first, 0)
         return out
 
 
@@ -72,11 +71,6 @@ def _fused_class(stock: type[Any]) -> type[nn.Module]:
     return type(f"Fused{stock.__name__}", (FusedRMSNorm, stock), {})
 
 
-@cache
-def _kernel(dtype: torch.dtype) -> CompiledKernel:
-    return fused_kernels.rms_norm(dtype)
-
-
 def _forms(module: nn.Module) -> list[NormForm]:
     """The forms to try: none unless the module has the looks of an RMSNorm, one weight [dim] and an epsilon."""
     weight = module._parameters.get("weight")
@@ -86,7 +80,7 @@ def _forms(module: nn.Module) -> list[NormForm]:
         return []
     if weight.device.type != "cpu" or weight.dtype not in STORAGE or weight.requires_grad or not weight.is_contiguous():
         return []
-    known = (_kernel(weight.dtype), weight.dtype, weight.numel(), eps)
+    known = (fused_kernels.rms_norm(weight.dtype), weight.dtype, weight.numel(), eps)
     return [NormForm(*known, 0.0, True), NormForm(*known, 1.0, False), NormForm(*known, 0.0, False)]
 
 

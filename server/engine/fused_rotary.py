@@ -70,7 +70,7 @@ def _rotate_by_kernel(own: Rotate, dtype: torch.dtype) -> Rotate:
         q_out, k_out = _dense(num_heads, num_tokens, head_dim, dtype), _dense(num_kv_heads, num_tokens, head_dim, dtype)
         _, q_head_stride, q_token_stride, _ = q.stride()
         _, k_head_stride, k_token_stride, _ = k.stride()
-        kernel.sized(num_tokens * (num_heads + num_kv_heads) * head_dim)(
+        kernel(
             q_out.data_ptr(), k_out.data_ptr(), q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr(),
             q_head_stride, q_token_stride, k_head_stride, k_token_stride,
             num_tokens, num_heads, num_kv_heads, head_dim, 0,

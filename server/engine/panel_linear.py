@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adapters.ops.bf16_tile import WIDTH
 from adapters.ops.thread_team import ThreadTeam
 from adapters.shared_result import SharedResult
 
 _TOLERANCE = 2e-2  # of the largest output, bfloat16
-_PANEL = 32  # output features, as in product_kernels.py, which only AVX512-BF16 can import
 
 
 class PanelLinear(nn.Linear):
@@ -37,14 +37,14 @@ class _Product:
         self._run, self._kernel, self._module = team.run, kernels.PRODUCT, kernels.MODULE
         self._in_features = linears[0].in_features
         self._out_features = [linear.out_features for linear in linears]
-        self._num_chunks = sum(self._out_features) // _PANEL
-        self.weights = [_pack(linear.weight) for linear in linears]  # [out / 32, in / 2, 32, 2] bfloat16
+        self._num_chunks = sum(self._out_features) // WIDTH
+        self.weights = [_pack(linear.weight) for linear in linears]  # [out / WIDTH, in / 2, WIDTH, 2] bfloat16
         self._biases = [_bias(linear) for linear in linears]  # float32 [out_features]
         self._arguments = np.zeros(kernels.MODULES + len(linears) * kernels.MODULE, np.int64)
         self._arguments[kernels.NUM_PAIRS] = self._in_features // 2
         end = 0
         for number, linear in enumerate(linears):
-            end += linear.out_features // _PANEL
+            end += linear.out_features // WIDTH
             fields = self._arguments[kernels.MODULES + number * kernels.MODULE :]
             fields[kernels.WEIGHT] = self.weights[number].data_ptr()
             fields[kernels.BIAS] = self._biases[number].data_ptr()
@@ -74,7 +74,7 @@ class _Product:
 def fits(linear: nn.Linear) -> bool:
     """Whether a linear has the type and the shape the kernel serves."""
     weight = linear.weight
-    shape_fits = linear.in_features % 2 == 0 and linear.out_features % _PANEL == 0
+    shape_fits = linear.in_features % 2 == 0 and linear.out_features % WIDTH == 0
     return shape_fits and weight.dtype is torch.bfloat16 and weight.device.type == "cpu"
 
 
@@ -96,7 +96,7 @@ def pack_group(linears: Sequence[nn.Linear], team: ThreadTeam, *, keep_weights: 
 def _pack(weight: Tensor) -> Tensor:
     """[out, in] → [out / 32, in / 2, 32, 2]: for each pair of inputs, the pairs of a panel's weights side by side."""
     out_features, in_features = weight.shape
-    panels = weight.detach().view(out_features // _PANEL, _PANEL, in_features // 2, 2)
+    panels = weight.detach().view(out_features // WIDTH, WIDTH, in_features // 2, 2)
     return panels.permute(0, 2, 1, 3).contiguous()
 
 

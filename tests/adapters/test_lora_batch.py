@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.lora_batch import LoRABatch, RowRanges, Segment
+from adapters.lora_batch import TILE, LoRABatch, RowRanges, Segment
 
 
 def build(token_counts: list[int], ranges: list[RowRanges], min_segment: int) -> LoRABatch:
@@ -39,15 +39,16 @@ def test_decode_rows_and_base_rows() -> None:
     )
 
 
-def test_neighbours_with_one_adapter_and_weight_join() -> None:
+def test_which_kernel_serves_a_request_does_not_depend_on_its_neighbours() -> None:
     one: RowRanges = ((16, 1.0),)
-    assert build([1, 1, 2, 1], [one, one, one, ()], 4).segments == (Segment(0, 4, 16, 1.0),)
-    assert build([1, 1, 2], [one, ((16, 0.5),), one], 3).segments == ()
-    assert build([2, 2, 2], [one, ((32, 1.0),), one], 2).segments == (
-        Segment(0, 2, 16, 1.0),
-        Segment(2, 4, 32, 1.0),
-        Segment(4, 6, 16, 1.0),
-    )
+    assert build([1, 1, 2, 1], [one, one, one, ()], 4).segments == ()
+    assert build([2, 1, 3], [one, one, one], 2).segments == (Segment(0, 2, 16, 1.0), Segment(3, 6, 16, 1.0))
+
+
+def test_tiles_share_a_segment_out() -> None:
+    batch = build([TILE + 5, 1, TILE], [((0, 1.0),), (), ((8, 0.5),)], 2)
+    assert batch.tiles.where.tolist() == [[0, TILE, 0], [TILE, 5, 0], [TILE + 6, TILE, 8]]
+    assert batch.tiles.weights.tolist() == [1.0, 1.0, 0.5]
 
 
 def test_a_run_under_min_segment_goes_to_the_row_kernel() -> None:

@@ -13,7 +13,6 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
-from server.engine.fused_kernels import PARALLEL_ELEMENTS
 from server.engine.fused_norm import FusedRMSNorm, NormForm, fuse_norms
 
 NORMS: list[type[Any]] = [LlamaRMSNorm, Qwen3RMSNorm, Llama4TextRMSNorm, Gemma3RMSNorm, Olmo2RMSNorm]
@@ -106,7 +105,7 @@ def test_any_leading_shape_and_any_strides(dtype: torch.dtype) -> None:
 @torch.inference_mode()
 def test_a_row_has_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
     _, fused = pair(LlamaRMSNorm, dtype=dtype)
-    x = torch.randn(1 + 2 * PARALLEL_ELEMENTS // DIM, DIM).to(dtype)
+    x = torch.randn(229, DIM).to(dtype)
     together = fused(x)
     for begin, end in ((0, 1), (1, 9), (9, 41), (41, len(x))):
         assert torch.equal(fused(x[begin:end]), together[begin:end])

@@ -22,7 +22,6 @@ from transformers.models.cohere import modeling_cohere
 from transformers.models.llama import modeling_llama
 
 from server.engine import fused_rotary
-from server.engine.fused_kernels import PARALLEL_ELEMENTS
 from server.engine.fused_rotary import FusedRotary, fuse_rotary
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -124,7 +123,7 @@ def test_the_bits_are_the_stock_functions(dtype: torch.dtype, heads: tuple[int, 
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
 def test_many_tokens_and_broken_numbers(dtype: torch.dtype) -> None:
-    q, k, cos, sin = inputs(1 + PARALLEL_ELEMENTS // 256, 4, 1, 64, dtype)
+    q, k, cos, sin = inputs(257, 4, 1, 64, dtype)
     q[0, 1, 3, 5], k[0, 0, 2, 40], q[0, 0, 0, 0] = torch.nan, torch.inf, 3e38
     found, expected = rotate_of(dtype)(q, k, cos, sin), modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
     for ours, stock in zip(found, expected, strict=True):

@@ -1,0 +1,134 @@
+"""Runs steps on a device whose operations read their metadata there: staged in one copy, decode steps by graph.
+
+A step whose rows all have one new token takes the graph of the smallest bucket that holds it; any other step, and any
+step without a graph, runs eagerly at its own size. Knows nothing of queues, blocks' owners or sampling.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adapters.lora_batch import LoRABatch
+from adapters.lora_layers import LoRALayers
+from server.engine.attention.interface import AttentionMetadata
+from server.engine.base_model import BaseModel
+from server.engine.cuda_graphs import Bucket, DecodeGraphs, Graph, GraphBackend, bucket_sizes
+from server.engine.device_step import DeviceStep, StagedPart, StagedStep, StepCaps
+from server.engine.forward_batch import ForwardBatch
+from server.engine.model_runner import carry
+
+
+class DeviceRunner:
+    """`graphs` None runs every step eagerly. Call `capture` once, before the first step."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        lora: LoRALayers,
+        *,
+        attention_part: StagedPart,
+        lora_part: StagedPart,
+        max_num_seqs: int,
+        graphs: GraphBackend | None,
+    ) -> None:
+        self.base = base
+        self.lora = lora
+        self._parts = attention_part, lora_part
+        sizes = bucket_sizes(max_num_seqs) if graphs else ()
+        self._caps = {size: self._bucket_caps(size) for size in sizes}
+        self._step = DeviceStep(base.device, attention_part, lora_part, buckets=tuple(self._caps.values()))
+        self.graphs = DecodeGraphs(graphs, sizes, self._prepare, self._run) if graphs else None
+
+    @torch.inference_mode()
+    def capture(self, *, with_lora: bool = True) -> None:
+        """Record the decode graphs, if there are to be any; without LoRA for a model that has no LoRA layers."""
+        if self.graphs is not None:
+            self.graphs.capture(with_lora=with_lora)
+
+    @torch.inference_mode()
+    def execute(self, batch: ForwardBatch, last_ids: Tensor | None = None) -> Tensor:
+        """Logits [num_logits, vocab] at `batch.logits_indices`; writes the new tokens' K and V into the cache. They
+        are a graph's memory, which the next step overwrites.
+
+        `last_ids` [at least the rows of the step before] on the device: what `batch.carried` points into.
+        """
+        found = self._graph_for(batch)
+        staged = self._step.stage(batch, self._caps[found[0]] if found else self._exact_caps(batch))
+        if batch.carried is not None:
+            assert last_ids is not None
+            staged.input_ids.copy_(carry(staged.input_ids, staged.carried, last_ids))
+        logits = found[1].replay() if found else self._forward(staged)
+        return logits[: len(batch.logits_indices)]
+
+    def _graph_for(self, batch: ForwardBatch) -> tuple[int, Graph] | None:
+        """The graph that can run the batch and the size of its bucket; None = run it eagerly."""
+        num_rows = len(batch.attention.context_lens)
+        is_decode = batch.attention.num_decode_rows == num_rows and len(batch.logits_indices) <= num_rows
+        if self.graphs is None or not is_decode:
+            return None
+        # A bucket has room for one adapter per row; rows that compose several take a larger one.
+        num_entries = 0 if batch.lora is None else len(batch.lora.starts)
+        return self.graphs.find(max(num_rows, num_entries), has_lora=batch.lora is not None)
+
+    def _bucket_caps(self, num_rows: int) -> StepCaps:
+        attention, lora = (part.bucket(num_rows) for part in self._parts)
+        return StepCaps(num_tokens=num_rows, num_logits=num_rows, attention=attention, lora=lora)
+
+    def _exact_caps(self, batch: ForwardBatch) -> StepCaps:
+        attention, lora = self._parts
+        return StepCaps(
+            num_tokens=batch.num_tokens,
+            num_logits=len(batch.logits_indices),
+            attention=attention.exact(batch.attention),
+            lora=None if batch.lora is None else lora.exact(batch.lora),
+        )
+
+    def _prepare(self, bucket: Bucket) -> None:
+        """Stage a batch of padding, so that what is recorded writes no K and V and reads no adapter."""
+        self._step.stage(_padding(has_lora=bucket.has_lora), self._caps[bucket.num_rows])
+
+    def _run(self, bucket: Bucket) -> Tensor:
+        """The forward pass over a bucket's static buffers, whatever stands there."""
+        staged = self._step.staged(self._caps[bucket.num_rows], has_lora=bucket.has_lora)
+        with _applied_everywhere(self.lora):
+            return self._forward(staged)
+
+    def _forward(self, staged: StagedStep) -> Tensor:
+        with self.base.context.running(staged.attention), self.lora.applying(staged.lora):
+            return self.base.forward(staged.input_ids, staged.positions, staged.logits_indices)
+
+
+@contextmanager
+def _applied_everywhere(lora: LoRALayers) -> Iterator[None]:
+    """Apply LoRA in every group of linears: a graph serves adapters that come later and target others than today's."""
+    for group in lora._groups:
+        group.num_targeting += 1
+    try:
+        yield
+    finally:
+        for group in lora._groups:
+            group.num_targeting -= 1
+
+
+def _padding(*, has_lora: bool) -> ForwardBatch:
+    """A batch without rows."""
+    nothing, none = np.zeros(0, np.int64), np.zeros(0, np.int32)
+    lora = LoRABatch(np.zeros(1, np.int32), none, np.zeros(0, np.float32), none, ()) if has_lora else None
+    return ForwardBatch(
+        input_ids=nothing,
+        positions=nothing,
+        logits_indices=nothing,
+        sampled=(),
+        prompt_logprobs=(),
+        attention=AttentionMetadata(
+            query_starts=np.zeros(1, np.int32),
+            context_lens=none,
+            block_tables=np.zeros((0, 0), np.int32),
+            slot_mapping=nothing,
+            num_decode_rows=0,
+        ),
+        lora=lora,
+    )

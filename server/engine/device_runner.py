@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapters.lora_batch import LoRABatch
+from adapters.lora_batch import LoRABatch, RowRanges
 from adapters.lora_layers import LoRALayers
 from server.engine.attention.interface import AttentionMetadata
 from server.engine.base_model import BaseModel
 from server.engine.cuda_graphs import Bucket, DecodeGraphs, Graph, GraphBackend, bucket_sizes
 from server.engine.device_step import DeviceStep, StagedPart, StagedStep, StepCaps
-from server.engine.forward_batch import ForwardBatch
+from server.engine.forward_batch import MIN_LORA_SEGMENT, ForwardBatch
 from server.engine.model_runner import carry
 
 
@@ -44,7 +44,10 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def capture(self, *, with_lora: bool = True) -> None:
-        """Record the decode graphs, if there are to be any; without LoRA for a model that has no LoRA layers."""
+        """Compile what prompts need, so that no request waits for it, and record the decode graphs, if there are to be
+        any; without LoRA for a model that has no LoRA layers."""
+        with _applied_everywhere(self.lora):
+            self.execute(_prompt(has_lora=with_lora))
         if self.graphs is not None:
             self.graphs.capture(with_lora=with_lora)
 
@@ -111,6 +114,28 @@ def _applied_everywhere(lora: LoRALayers) -> Iterator[None]:
     finally:
         for group in lora._groups:
             group.num_targeting -= 1
+
+
+def _prompt(*, has_lora: bool) -> ForwardBatch:
+    """One row long enough for every kernel of a prompt, which writes no K and V: its slots are none."""
+    num_tokens = 2 * MIN_LORA_SEGMENT
+    positions = np.arange(num_tokens)
+    ranges: RowRanges = ((0, 1.0),) if has_lora else ()
+    return ForwardBatch(
+        input_ids=np.zeros(num_tokens, np.int64),
+        positions=positions,
+        logits_indices=positions[-1:],
+        sampled=(),
+        prompt_logprobs=(),
+        attention=AttentionMetadata(
+            query_starts=np.array([0, num_tokens], np.int32),
+            context_lens=np.array([num_tokens], np.int32),
+            block_tables=np.zeros((1, num_tokens), np.int32),
+            slot_mapping=np.full(num_tokens, -1, np.int64),
+            num_decode_rows=0,
+        ),
+        lora=LoRABatch.build([num_tokens], [ranges], min_segment=MIN_LORA_SEGMENT),
+    )
 
 
 def _padding(*, has_lora: bool) -> ForwardBatch:

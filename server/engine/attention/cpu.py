@@ -101,13 +101,15 @@ class CPUAttention:
         scale: float,
         sliding_window: int | None,
         softcap: float | None,
+        sinks: Tensor | None = None,
     ) -> Tensor:  # [num_tokens, num_heads, v_head_dim]
         plan = self._plan_of(metadata)
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-        self._write_and_decode(out, q, k, v, layer, plan, scale, sliding_window, softcap)
+        self._write_and_decode(out, q, k, v, layer, plan, scale, sliding_window, softcap, sinks)
         for chunk in plan.chunks:
             rows = slice(chunk.begin, chunk.end)
-            out[rows] = _attend_chunk(q[rows], k[rows], v[rows], layer, chunk, scale, sliding_window, softcap)
+            heads = q[rows], k[rows], v[rows]
+            out[rows] = _attend_chunk(*heads, layer, chunk, scale, sliding_window, softcap, sinks)
         return out
 
     def _plan_of(self, metadata: AttentionMetadata) -> _StepPlan:
@@ -139,6 +141,7 @@ class CPUAttention:
         scale: float,
         window: int | None,
         softcap: float | None,
+        sinks: Tensor | None,
     ) -> None:
         views, metadata = self._views(layer, q.dtype), plan.metadata
         num_rows, num_kv_heads = metadata.num_decode_rows, layer.k_cache.shape[2]
@@ -148,10 +151,11 @@ class CPUAttention:
         # The heads of a row stay together, since their K lie together, unless there are too few rows to share out.
         splits = num_kv_heads if threaded and num_rows < 2 * self._num_threads else 1
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        _compiled(q.dtype, threaded, window is not None, softcap is not None)(
+        _compiled(q.dtype, threaded, window is not None, softcap is not None, sinks is not None)(
             out.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), views.k_cache, views.v_cache,
             metadata.slot_mapping, metadata.block_tables, metadata.context_lens,
             num_rows, q.shape[1], layer.k_cache.shape[1], splits, scale, window, softcap,
+            None if sinks is None else sinks.float().numpy(),
         )  # fmt: skip
 
 
@@ -164,6 +168,7 @@ def _attend_chunk(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:  # [num_queries, num_heads, v_head_dim]
     """softmax(scale · q · Kᵀ) · V for one row with several new tokens."""
     skipped = 0
@@ -176,9 +181,9 @@ def _attend_chunk(
         length = chunk.context_len - skipped
         k = layer.k_cache.index_select(0, blocks).flatten(0, 1)[:length]
         v = layer.v_cache.index_select(0, blocks).flatten(0, 1)[:length]
-    if softcap is not None:
+    if softcap is not None or sinks is not None:
         visible = visible_mask(chunk.num_queries, chunk.context_len, window)[:, skipped:]
-        return attend_dense(q, k, v, visible, scale=scale, softcap=softcap)
+        return attend_dense(q, k, v, visible, scale=scale, softcap=softcap, sinks=sinks)
     is_plain = not has_history and (window is None or window >= chunk.context_len)
     out = functional.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
@@ -193,10 +198,13 @@ def _attend_chunk(
 
 
 @cache
-def _compiled(dtype: torch.dtype, threaded: bool, has_window: bool, has_softcap: bool) -> Callable[..., None]:
+def _compiled(
+    dtype: torch.dtype, threaded: bool, has_window: bool, has_softcap: bool, has_sinks: bool
+) -> Callable[..., None]:
     """The kernel's entry point for one combination; the machine code lies on disk after the first time."""
     caches = types.Array(from_dtype(STORAGE[dtype]), 3, "C")
     arrays = (types.Array(types.int64, 1, "C"), types.Array(types.int32, 2, "C"), types.Array(types.int32, 1, "C"))
-    options = (types.int64 if has_window else types.none, types.float32 if has_softcap else types.none)
+    sinks = types.Array(types.float32, 1, "C") if has_sinks else types.none
+    options = (types.int64 if has_window else types.none, types.float32 if has_softcap else types.none, sinks)
     signature = (*[types.int64] * 4, caches, caches, *arrays, *[types.int64] * 4, types.float32, *options)
     return entry_point(cpu_kernels.step_parallel if threaded else cpu_kernels.step, signature)

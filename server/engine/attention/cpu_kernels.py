@@ -1,7 +1,7 @@
 """The numba kernel of CPU attention: write new K and V to the cache, attend one new token per row over its blocks.
 
-Arrays hold bf16 as uint16 bits or float32 as it is (adapters/ops/bf16.py); sums are float32. `window` and `softcap` may
-be None, and numba then compiles the kernel without them. Knows nothing of torch, requests or prompts.
+Arrays hold bf16 as uint16 bits or float32 as it is (adapters/ops/bf16.py); sums are float32. `window`, `softcap` and
+`sinks` may be None, and numba then compiles the kernel without them. Knows nothing of torch, requests or prompts.
 """
 
 from typing import Any
@@ -45,8 +45,11 @@ def _cap(x: Any, softcap: Any) -> Any:
 
 
 @njit(**_EXACT)
-def _softmax(scores: Any, softcap: Any) -> None:
-    """scores [length] = e^(scores - max) / Σ e^(scores - max), in place; all NaN when any of them is not finite."""
+def _softmax(scores: Any, softcap: Any, sink: Any) -> None:
+    """scores [length] = e^(scores - max) / Σ e^(scores - max), in place; all NaN when any of them is not finite.
+
+    A sink is one score more in max and Σ, uncapped.
+    """
     checksum = np.float32(0.0)  # 0, or NaN when a score is not finite
     for i in range(scores.shape[0]):
         checksum += scores[i] * np.float32(0.0)
@@ -57,6 +60,9 @@ def _softmax(scores: Any, softcap: Any) -> None:
     for i in range(scores.shape[0]):
         largest = max(largest, scores[i])
     total = np.float32(0.0)
+    if sink is not None:
+        largest = max(largest, sink)
+        total += exp(sink - largest)
     for i in range(scores.shape[0]):
         e = exp(scores[i] - largest)
         scores[i] = e
@@ -140,6 +146,7 @@ def _attend(
     scale: Any,
     window: Any,
     softcap: Any,
+    sinks: Any,  # [all heads]
 ) -> None:
     """out[h] = softmax(scale · q[h] · Kᵀ) · V over the tokens of one row that its last token sees."""
     end = np.int64(context_len)
@@ -149,7 +156,10 @@ def _attend(
     slots = _slots_of(block_table, begin, end, block_size)
     weights = _score(q, k_cache, slots, first, group, scale)
     for h in range(weights.shape[0]):
-        _softmax(weights[h], softcap)
+        if sinks is None:
+            _softmax(weights[h], softcap, None)
+        else:
+            _softmax(weights[h], softcap, sinks[first * group + h])
     _mix(out, weights, v_cache, slots, first, group)
 
 
@@ -183,6 +193,7 @@ def step(
     scale: Any,
     window: Any,
     softcap: Any,
+    sinks: Any,  # [num_heads]
 ) -> None:
     """Write all K and V of the step, then attend for rows [0, num_decode_rows), whose tokens come first."""
     num_tokens, num_kv_heads = slot_mapping.shape[0], k_cache.shape[1]
@@ -198,7 +209,7 @@ def step(
         heads = slice(first * group, (first + per_task) * group)
         _attend(
             out[row, heads], q[row, heads], k_cache, v_cache, block_tables[row], block_size, context_lens[row],
-            first, group, scale, window, softcap,
+            first, group, scale, window, softcap, sinks,
         )  # fmt: skip
 
 

@@ -55,6 +55,7 @@ class AttentionBackend(Protocol):
         scale: float,
         sliding_window: int | None,  # a token sees itself and the sliding_window - 1 before it
         softcap: float | None,  # scores become softcap · tanh(scores / softcap)
+        sinks: Tensor | None = None,  # [num_heads] a score beside each head's, whose weight falls away; never capped
     ) -> Tensor: ...  # [num_tokens, num_heads, v_head_dim]
 
 
@@ -105,9 +106,16 @@ def attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,  # [num_heads] attention sinks
+    position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The function transformers calls for every layer; returns [1, num_tokens, num_heads, v_head_dim]."""
+    if position_bias is not None:
+        raise NotImplementedError(
+            f"{type(module).__name__} adds a position bias of {tuple(position_bias.shape)} to its scores, which paged "
+            "attention does not compute; this architecture is not served"
+        )
     binding: LayerBinding = getattr(module, _BINDING)
     binding.calls += 1
     assert binding.kv is not None and attention_mask is None
@@ -120,6 +128,7 @@ def attention(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         sliding_window=sliding_window,
         softcap=softcap,
+        sinks=s_aux,
     )
     return out.unsqueeze(0), None
 

@@ -19,6 +19,7 @@ def attend(
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:  # [num_tokens, num_heads, v_head_dim], q's dtype
     """out[t] = softmax(scale · q[t] · Kᵀ, over what t may see) · V, with K and V the blocks of t's row."""
     write_kv(k, v, layer, metadata)
@@ -27,7 +28,7 @@ def attend(
         begin, end = metadata.query_starts[row : row + 2].tolist()
         keys, values = gather_kv(layer, metadata, row, context_len)
         visible = visible_mask(end - begin, context_len, sliding_window).to(q.device)
-        out[begin:end] = attend_dense(q[begin:end], keys, values, visible, scale=scale, softcap=softcap)
+        out[begin:end] = attend_dense(q[begin:end], keys, values, visible, scale=scale, softcap=softcap, sinks=sinks)
     return out
 
 
@@ -61,12 +62,20 @@ def attend_dense(
     *,
     scale: float,
     softcap: float | None,
+    sinks: Tensor | None = None,  # [num_heads]
 ) -> Tensor:  # [num_queries, num_heads, v_head_dim], q's dtype
-    """softmax(softcap · tanh(scale · q · Kᵀ / softcap)) · V in float32; head h reads KV head h // group."""
+    """softmax(softcap · tanh(scale · q · Kᵀ / softcap)) · V in float32; head h reads KV head h // group.
+
+    With sinks the softmax is over the scores and sinks[h], whose weight multiplies no value.
+    """
     group = q.shape[1] // keys.shape[1]
     queries = q.float().unflatten(1, (-1, group))  # [num_queries, num_kv_heads, group, head_dim]
     scores = torch.einsum("qhgd,khd->hgqk", queries, keys.float()) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        extra = sinks.float().view(-1, group, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, extra], -1)
+    weights = scores.softmax(-1)[..., : len(keys)]
     return torch.einsum("hgqk,khd->qhgd", weights, values.float()).flatten(1, 2).to(q.dtype)

@@ -53,6 +53,7 @@ class EngineHarness:
         num_token_ids: int | None = None,
         look_ahead: bool = False,
         device: str = "cpu",
+        use_graphs: bool = True,
     ) -> "EngineHarness":
         squeeze = squeeze or Squeeze()
         base = load_base_model(folder, folder.name, ModelConfig(dtype=dtype, device=device))
@@ -64,7 +65,7 @@ class EngineHarness:
             ),
             lora=LoRALimits(lora_memory=squeeze.lora_memory, max_loras=squeeze.max_loras),
         )
-        harness = cls(Engine(config, base, num_token_ids=num_token_ids, look_ahead=look_ahead))
+        harness = cls(Engine(config, base, num_token_ids=num_token_ids, look_ahead=look_ahead, use_graphs=use_graphs))
         harness._record_logits()
         return harness
 
@@ -136,6 +137,6 @@ class EngineHarness:
         return [token for output in self.outputs[request_id] for token in output.new_token_ids]
 
     def chosen_logits(self, request_id: str) -> Tensor:
-        """[num_output_tokens, vocab]"""
+        """[num_output_tokens, vocab], on the CPU; recorded without look-ahead only."""
         rows = self.logits[request_id]
-        return torch.stack([rows[i] for i in range(len(rows))])
+        return torch.stack([rows[i] for i in range(len(rows))]).cpu()

@@ -1,14 +1,22 @@
-"""Which runner serves a device. Knows every runner and runs none."""
+"""Which runner serves a device, with which parts. Knows every runner and runs none."""
 
+import logging
+from importlib.util import find_spec
 from typing import Protocol
 
 from torch import Tensor
 
 from adapters.lora_layers import LoRALayers
+from adapters.ops.gpu_batch import LoRAStaging
 from server.config import EngineConfig
+from server.engine.attention_staging import AttentionStaging
 from server.engine.base_model import BaseModel
+from server.engine.cuda_graphs import CUDAGraphBackend, GraphBackend
+from server.engine.device_runner import DeviceRunner
 from server.engine.forward_batch import ForwardBatch
 from server.engine.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
@@ -20,4 +28,26 @@ class Runner(Protocol):
 def choose_runner(
     config: EngineConfig, base: BaseModel, lora: LoRALayers, max_model_len: int, *, use_graphs: bool
 ) -> Runner:
-    return ModelRunner(base, lora)
+    """On a GPU a DeviceRunner with its graphs captured; elsewhere, and without Triton, a ModelRunner."""
+    if base.device.type != "cuda":
+        return ModelRunner(base, lora)
+    if find_spec("triton") is None:
+        logger.warning("triton is not installed: attention and LoRA run in plain torch, many times slower")
+        return ModelRunner(base, lora)
+    runner = device_runner(config, base, lora, max_model_len, CUDAGraphBackend() if use_graphs else None)
+    runner.capture()
+    return runner
+
+
+def device_runner(
+    config: EngineConfig, base: BaseModel, lora: LoRALayers, max_model_len: int, graphs: GraphBackend | None
+) -> DeviceRunner:
+    """A DeviceRunner with the GPU's parts; attention and LoRA of `base` and `lora` must be those of the GPU."""
+    return DeviceRunner(
+        base,
+        lora,
+        attention_part=AttentionStaging(-(-max_model_len // config.cache.block_size)),
+        lora_part=LoRAStaging(max_rank=min(config.lora.max_lora_rank, lora.num_rows)),
+        max_num_seqs=config.scheduler.max_num_seqs,
+        graphs=graphs,
+    )

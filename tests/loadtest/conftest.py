@@ -1,0 +1,3 @@
+"""The tests of this folder run Triton kernels; importing the module below decides where."""
+
+import tests.triton_interpreter  # noqa: F401

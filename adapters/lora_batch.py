@@ -8,7 +8,6 @@ targeted). No entry = base, one = the usual, k = unmerged composition.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,11 +29,17 @@ class Segment:
     weight: float
 
 
-class Tiles(NamedTuple):
+@dataclass(frozen=True)
+class Tiles:
     """Runs of tokens that use one adapter, in pieces of a size to share out."""
 
     where: npt.NDArray[np.int64]  # [num_tiles, 3] first token, number of tokens, first pool row
     weights: npt.NDArray[np.float32]  # [num_tiles]
+
+    @cached_property
+    def addresses(self) -> tuple[int, int]:
+        """Where both lie."""
+        return self.where.ctypes.data, self.weights.ctypes.data
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,16 @@ class LoRABatch:
     @property
     def num_tokens(self) -> int:
         return len(self.indptr) - 1
+
+    @cached_property
+    def addresses(self) -> tuple[int, int, int, int]:
+        """Where rows, indptr, starts and weights lie, for a kernel; numpy takes its time to tell, so it is asked once."""
+        return (
+            self.rows.ctypes.data,
+            self.indptr.ctypes.data,
+            self.starts.ctypes.data,
+            self.weights.ctypes.data,
+        )
 
     @cached_property
     def tiles(self) -> Tiles:

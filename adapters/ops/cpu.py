@@ -62,18 +62,14 @@ class CPULoRA:
                     self._add_segment(module, y.view(-1, y.shape[-1]), x_rows, segment)
 
     def _add_rows(self, ys: Sequence[Tensor], x: Tensor, x_stride: int, batch: LoRABatch) -> None:
-        self._fields[: kernels.TILES] = (
-            x.data_ptr(),
-            x_stride,
-            *(array.ctypes.data for array in (batch.rows, batch.indptr, batch.starts, batch.weights)),
-        )
+        self._fields[: kernels.TILES] = (x.data_ptr(), x_stride, *batch.addresses)
         self._fields[self._y_fields] = [y.data_ptr() for y in ys]
         self._run(self._kernel, self._address, len(batch.rows))
 
     def _add_tiles(self, ys: Sequence[Tensor], x: Tensor, x_stride: int, batch: LoRABatch) -> None:
         fields, tiles = self._fields, batch.tiles
         fields[kernels.X], fields[kernels.X_STRIDE] = x.data_ptr(), x_stride
-        fields[kernels.TILES], fields[kernels.TILE_WEIGHTS] = tiles.where.ctypes.data, tiles.weights.ctypes.data
+        fields[kernels.TILES], fields[kernels.TILE_WEIGHTS] = tiles.addresses
         fields[self._y_fields] = [y.data_ptr() for y in ys]
         self._run(kernels.add_tile_bf16.address, self._address, len(tiles.where))
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+from numba import njit
+from numba.np.numpy_support import carray
 
 from adapters.ops.bf16 import narrow, pointer, widen
 from adapters.ops.bf16_dot import LANES, ROWS_AT_ONCE, dot_rows, is_supported, prefetch, uses_dots
@@ -75,16 +76,6 @@ def _expand(total: Any, shrunk: Any, b_rows: Any) -> None:
     for r in range(four, num_ranks):
         for o in range(out_features):
             total[o] += shrunk[r] * widen(b_rows[r, o])
-
-
-@njit(**OPTIONS)
-def _fetch(pool: Any, ranks: Any, starts: Any) -> None:
-    """Ask for the rows that a token's adapters have in a pool. They come from memory in short stretches, which the
-    processor does not foresee; asking ahead lets them arrive while the rows before are computed."""
-    for e in range(starts.shape[0]):
-        rank = ranks[starts[e]]
-        if rank > 0:
-            prefetch(pool[starts[e]].ctypes.data, rank * pool.shape[1] * pool.itemsize)
 
 
 @njit(**OPTIONS)

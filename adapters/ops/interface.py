@@ -8,6 +8,7 @@ accumulated in float32 and rounded once to y's dtype. Tokens without entries kee
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from adapters.lora_batch import LoRABatch
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class LoRAPools:
     """The pools of a group's modules. They never move; ranks[m, start] is the rank, in module m, of the adapter whose
     rows begin at `start`, 0 where it does not target m."""
@@ -41,11 +42,11 @@ class LoRAPools:
     def num_modules(self) -> int:
         return len(self.b_pools)
 
-    @property
+    @cached_property
     def in_features(self) -> int:
         return self.a_pool.shape[2]
 
-    @property
+    @cached_property
     def out_features(self) -> tuple[int, ...]:
         return tuple(b_pool.shape[1] for b_pool in self.b_pools)
 

@@ -51,9 +51,9 @@ def chunk_kernel(**options: Any) -> Callable[[Callable[..., None]], Any]:
     def compile_now(function: Callable[..., None]) -> Any:
         signature = types.void(types.int64, types.int64)
         try:
-            return numba.cfunc(signature, nopython=True, cache=True, **options)(function)
+            return numba.cfunc(signature, cache=True, **options)(function)
         except RuntimeError:  # no writable folder for the cache: compile in every process
-            return numba.cfunc(signature, nopython=True, **options)(function)
+            return numba.cfunc(signature, **options)(function)
 
     return compile_now
 

@@ -4,11 +4,12 @@ Loading ends with a numeric probe: the packed, chunked, paged way must give the 
 or the model is refused by name. Knows nothing of requests and adapters; the weights are never written.
 """
 
+import importlib
 import inspect
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from adapters.module_names import BaseModules, linears_of
-from adapters.ops import bf16_dot
-from adapters.ops.thread_team import ThreadTeam, start_team
 from adapters.shared_inputs import SharedInputs
 from server.config import ModelConfig
 from server.engine.attention import select_backend
 from server.engine.attention.interface import ATTENTION_NAME, KVLayer, LayerBinding, StepContext, bind
-from server.engine.fused_norm import fuse_norms
-from server.engine.fused_rotary import fuse_rotary
 from server.engine.kv_cache import KVShape
-from server.engine.packed_linear import pack_linears
 
 _DISCOVERY_NAME = "loramux-discovery"
 
@@ -49,7 +45,7 @@ class BaseModel:
     vocab_size: int
     eos_token_ids: frozenset[int]
     kv_shapes: tuple[KVShape, ...]  # one per attention layer
-    team: ThreadTeam  # awake for the length of a forward pass
+    step_context: Callable[[], AbstractContextManager[None]]  # to be inside for the length of a forward pass
     context: StepContext
     bindings: tuple[LayerBinding, ...]  # in the order of kv_shapes
     keeps_logits: bool  # forward takes logits_to_keep
@@ -78,7 +74,6 @@ def load_base_model(folder: Path, name: str, settings: ModelConfig) -> BaseModel
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     device = _device(settings.device)
     dtype = compute_dtype(settings.dtype, config)
-    team = _share_out_threads(settings.cpu_threads, own_product=dtype is torch.bfloat16 and device.type == "cpu")
     model = _load_weights(folder, config, settings, dtype).eval().requires_grad_(False)
     nn.Module.to(model, device)  # model.to itself is wrapped by transformers in a way that loses its type
     max_model_len = _max_model_len(name, config, settings.max_model_len)
@@ -88,10 +83,7 @@ def load_base_model(folder: Path, name: str, settings: ModelConfig) -> BaseModel
     with shared_inputs.watching({name: model.get_submodule(name) for name in modules.linears}):
         shapes, attention_layers = _discover_attention(model, name)
     modules = replace(modules, groups=shared_inputs.groups())
-    pack_linears(model, modules.groups, team)
-    if device.type == "cpu":
-        fuse_norms(model)
-        fuse_rotary(model)
+    step_context = _suit_to_cpu(model, modules, settings.cpu_threads) if device.type == "cpu" else nullcontext
     context = StepContext(select_backend(device))
     bindings = tuple(LayerBinding(context) for _ in attention_layers)
     for layer, binding in zip(attention_layers, bindings, strict=True):
@@ -107,11 +99,22 @@ def load_base_model(folder: Path, name: str, settings: ModelConfig) -> BaseModel
         vocab_size=int(config.get_text_config().vocab_size),
         eos_token_ids=_eos_token_ids(model),
         kv_shapes=shapes,
-        team=team,
+        step_context=step_context,
         context=context,
         bindings=bindings,
         keeps_logits="logits_to_keep" in inspect.signature(model.forward).parameters,
     )
+
+
+def _suit_to_cpu(
+    model: PreTrainedModel, modules: BaseModules, cpu_threads: int | None
+) -> Callable[[], AbstractContextManager[None]]:
+    """Give the model the CPU's own kernels, where numba is there to compile them; a GPU machine need not have it."""
+    if find_spec("numba") is None:
+        return nullcontext
+    suit: Callable[..., Callable[[], AbstractContextManager[None]]]
+    suit = importlib.import_module("server.engine.cpu_model").suit
+    return suit(model, modules.groups, cpu_threads)
 
 
 @contextmanager
@@ -148,18 +151,6 @@ def _device(wanted: str) -> torch.device:
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(wanted)
-
-
-def _share_out_threads(wanted: int | None, *, own_product: bool) -> ThreadTeam:
-    """The team our kernels run on. Two pools of threads would take the cores from each other, so torch is left with one
-    thread where our kernels do the products, and our team has one where torch does them."""
-    if own_product and bf16_dot.is_supported():
-        torch.set_num_threads(1)
-        return start_team(wanted or len(os.sched_getaffinity(0)))
-    # OpenMP's threads wait for each other by spinning: one core stays free for connections and tokenisation.
-    if wanted is not None or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(wanted or max(1, len(os.sched_getaffinity(0)) - 1))
-    return start_team(1)
 
 
 def compute_dtype(wanted: str, config: PreTrainedConfig) -> torch.dtype:

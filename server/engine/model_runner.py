@@ -29,7 +29,7 @@ class ModelRunner:
             assert last_ids is not None
             input_ids = carry(input_ids, torch.from_numpy(batch.carried).to(device), last_ids)
         lora = None if batch.lora is None else self.lora.ops.stage(batch.lora)
-        with self.base.team.step(), self.base.context.running(batch.attention), self.lora.applying(lora):
+        with self.base.step_context(), self.base.context.running(batch.attention), self.lora.applying(lora):
             return self.base.forward(input_ids, positions, indices)
 
 

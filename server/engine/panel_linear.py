@@ -14,6 +14,7 @@ from torch.nn import functional
 from adapters.ops.bf16_tile import WIDTH
 from adapters.ops.thread_team import ThreadTeam
 from adapters.shared_result import SharedResult
+from server.engine import product_kernels as kernels
 
 _TOLERANCE = 2e-2  # of the largest output, bfloat16
 
@@ -32,9 +33,7 @@ class _Product:
     """y_m = x · W_mᵀ + b_m for the linears m that read one input, as one call of a kernel."""
 
     def __init__(self, linears: Sequence[nn.Linear], team: ThreadTeam) -> None:
-        from server.engine import product_kernels as kernels
-
-        self._run, self._kernel, self._module = team.run, kernels.PRODUCT, kernels.MODULE
+        self._run, self._kernel = team.run, kernels.PRODUCT
         self._in_features = linears[0].in_features
         self._out_features = [linear.out_features for linear in linears]
         self._num_chunks = sum(self._out_features) // WIDTH
@@ -50,8 +49,8 @@ class _Product:
             fields[kernels.BIAS] = self._biases[number].data_ptr()
             fields[kernels.OUT_FEATURES] = linear.out_features
             fields[kernels.END_CHUNK] = end
-        self._y_fields = [kernels.MODULES + n * kernels.MODULE + kernels.Y for n in range(len(linears))]
-        self._per_step = (kernels.X, kernels.X_STRIDE, kernels.NUM_TOKENS)
+        self._step_fields = slice(kernels.X, kernels.NUM_TOKENS + 1)
+        self._y_fields = slice(kernels.MODULES + kernels.Y, None, kernels.MODULE)
         self._address = self._arguments.ctypes.data
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
@@ -62,11 +61,8 @@ class _Product:
         num_tokens = x.numel() // self._in_features
         rows = x if x.is_contiguous() else x.reshape(num_tokens, self._in_features).contiguous()
         ys = [torch.empty((*leading, out), dtype=torch.bfloat16) for out in self._out_features]
-        arguments = self._arguments
-        for field, value in zip(self._per_step, (rows.data_ptr(), self._in_features, num_tokens), strict=True):
-            arguments[field] = value
-        for field, y in zip(self._y_fields, ys, strict=True):
-            arguments[field] = y.data_ptr()
+        self._arguments[self._step_fields] = (rows.data_ptr(), self._in_features, num_tokens)
+        self._arguments[self._y_fields] = [y.data_ptr() for y in ys]
         self._run(self._kernel, self._address, self._num_chunks)
         return ys
 
@@ -101,9 +97,8 @@ def _pack(weight: Tensor) -> Tensor:
 
 
 def _bias(linear: nn.Linear) -> Tensor:
-    if linear.bias is None:
-        return torch.zeros(linear.out_features)
-    return linear.bias.detach().float().contiguous()
+    bias = linear._parameters["bias"]
+    return torch.zeros(linear.out_features) if bias is None else bias.detach().float().contiguous()
 
 
 def _agrees(linears: Sequence[nn.Linear], product: _Product) -> bool:

@@ -2,11 +2,11 @@
 
 A panel is 32 output features wide and lies in memory as the inner loop (adapters/ops/bf16_tile.py) reads it: for every
 pair of input features, the pairs of 32 weights. A batch of decode rows costs what reading the weights costs; a prompt
-is computed at the speed of the instruction. Imported only where `bf16_dot.is_supported`.
+is computed at the speed of the instruction. Called only where `bf16_dot.is_supported`.
 """
 
 import numpy as np
-from numba import carray
+from numba.np.numpy_support import carray
 
 from adapters.ops.bf16 import pointer
 from adapters.ops.bf16_tile import MAX_ROWS, WIDTH, multiply_packed
@@ -15,7 +15,7 @@ from adapters.ops.thread_team import chunk_kernel
 _BYTES_PER_PAIR = WIDTH * 2 * 2
 
 # Fields of the int64 arguments of a product: first the input, then MODULE fields for each weight that it meets.
-X, X_STRIDE, NUM_PAIRS, NUM_TOKENS, MODULES = range(5)
+X, X_STRIDE, NUM_TOKENS, NUM_PAIRS, MODULES = range(5)
 WEIGHT, BIAS, Y, OUT_FEATURES, END_CHUNK, MODULE = range(6)
 _MAX_MODULES = 64
 _NUM_FIELDS = MODULES + _MAX_MODULES * MODULE

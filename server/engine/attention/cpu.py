@@ -1,29 +1,21 @@
 """Attention on CPU: a numba kernel for rows with one new token, torch's SDPA over gathered blocks for longer rows.
 
 What depends on the step alone (which rows are long, their masks and block ids) is worked out once and used by all
-layers; what depends on a layer alone (numpy views of its cache) once in its life.
+layers.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, cached_property
-from typing import Any
+from functools import cached_property
 
-import numpy.typing as npt
+import numpy as np
 import torch
-from numba import types
-from numba.np.numpy_support import from_dtype
 from torch import Tensor
 from torch.nn import functional
 
-from adapters.ops.bf16 import STORAGE, as_numpy
-from adapters.ops.numba_kernels import available_threads, entry_point, use_threads
-from server.engine.attention import cpu_kernels
+from adapters.ops.thread_team import current_team
+from server.engine.attention import cpu_kernels as kernels
 from server.engine.attention.interface import AttentionMetadata, KVLayer
 from server.engine.attention.reference import attend_dense, visible_mask
-
-PARALLEL_CONTEXT = 64
-"""Tokens of context, summed over a step's decode rows, from which a second thread pays for its barrier."""
 
 
 @dataclass(slots=True)
@@ -68,26 +60,31 @@ class _StepPlan:
         return tuple(_Chunk(starts[row], starts[row + 1], lens[row], tables[row]) for row in rows)
 
     @cached_property
-    def decode_context(self) -> int:
-        """Tokens of context of all decode rows together."""
-        return int(self.metadata.context_lens[: self.metadata.num_decode_rows].sum())
+    def addresses(self) -> tuple[int, int, int]:
+        """Where slot mapping, block tables and context lengths lie."""
+        metadata = self.metadata
+        arrays = (metadata.slot_mapping, metadata.block_tables, metadata.context_lens)
+        assert all(array.flags.c_contiguous for array in arrays)
+        return tuple(array.ctypes.data for array in arrays)  # type: ignore[return-value]
 
 
-@dataclass(frozen=True, slots=True)
-class _LayerViews:
-    """The cache of one layer as the kernel reads it: [num_slots, num_kv_heads, dim]. Holds the layer, so ids stay."""
-
-    layer: KVLayer
-    k_cache: npt.NDArray[Any]
-    v_cache: npt.NDArray[Any]
+_KERNELS = {
+    torch.bfloat16: (kernels.write_bf16.address, kernels.attend_bf16.address),
+    torch.float32: (kernels.write_f32.address, kernels.attend_f32.address),
+}
+"""(write, attend) by the dtype of cache and queries."""
 
 
 class CPUAttention:
     """An AttentionBackend; see interface.py for the arguments. One per engine, called from the engine's thread."""
 
     def __init__(self) -> None:
-        self._num_threads = available_threads()
-        self._layers: dict[int, _LayerViews] = {}
+        self._team = current_team()
+        self._fields = np.zeros(kernels.NUM_FIELDS, np.int64)
+        self._numbers = np.zeros(2, np.float32)
+        self._fields[kernels.NUMBERS] = self._numbers.ctypes.data
+        self._checked: dict[int, KVLayer] = {}  # by id; held, so that ids stay
+        self._absent: dict[int, Tensor] = {}  # sinks that are none, by the number of heads
         self._plan: _StepPlan | None = None
 
     def __call__(
@@ -117,18 +114,20 @@ class CPUAttention:
             self._plan = _StepPlan(metadata)
         return self._plan
 
-    def _views(self, layer: KVLayer, dtype: torch.dtype) -> _LayerViews:
-        views = self._layers.get(id(layer))
-        if views is None:
-            caches = layer.k_cache, layer.v_cache
-            if dtype not in STORAGE or any(cache.dtype is not dtype or not cache.is_contiguous() for cache in caches):
-                raise ValueError(
-                    f"attention on CPU met queries of {dtype} and a cache of {caches[0].dtype}: both must be "
-                    "bfloat16 or both float32; load the base model with --dtype bfloat16 or float32"
-                )
-            views = _LayerViews(layer, *(as_numpy(cache).reshape(-1, *cache.shape[2:]) for cache in caches))
-            self._layers[id(layer)] = views
-        return views
+    def _no_sinks(self, num_heads: int) -> Tensor:
+        if num_heads not in self._absent:
+            self._absent[num_heads] = torch.full((num_heads,), -torch.inf)
+        return self._absent[num_heads]
+
+    def _check(self, layer: KVLayer, dtype: torch.dtype) -> None:
+        """Once per layer: caches the kernels can read."""
+        caches = layer.k_cache, layer.v_cache
+        if dtype not in _KERNELS or any(cache.dtype is not dtype or not cache.is_contiguous() for cache in caches):
+            raise ValueError(
+                f"attention on CPU met queries of {dtype} and a cache of {caches[0].dtype}: both must be "
+                "bfloat16 or both float32; load the base model with --dtype bfloat16 or float32"
+            )
+        self._checked[id(layer)] = layer
 
     def _write_and_decode(
         self,
@@ -143,20 +142,29 @@ class CPUAttention:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> None:
-        views, metadata = self._views(layer, q.dtype), plan.metadata
-        num_rows, num_kv_heads = metadata.num_decode_rows, layer.k_cache.shape[2]
-        threaded = self._num_threads > 1 and plan.decode_context >= PARALLEL_CONTEXT
-        if threaded:
-            use_threads(self._num_threads)
+        if id(layer) not in self._checked:
+            self._check(layer, q.dtype)
+        metadata, fields = plan.metadata, self._fields
+        num_rows, (num_blocks, block_size, num_kv_heads, head_dim) = metadata.num_decode_rows, layer.k_cache.shape
         # The heads of a row stay together, since their K lie together, unless there are too few rows to share out.
-        splits = num_kv_heads if threaded and num_rows < 2 * self._num_threads else 1
+        splits = num_kv_heads if num_rows < 2 * self._team.num_threads else 1
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        _compiled(q.dtype, threaded, window is not None, softcap is not None, sinks is not None)(
-            out.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), views.k_cache, views.v_cache,
-            metadata.slot_mapping, metadata.block_tables, metadata.context_lens,
-            num_rows, q.shape[1], layer.k_cache.shape[1], splits, scale, window, softcap,
-            None if sinks is None else sinks.float().numpy(),
+        fields[: kernels.NUMBERS] = (
+            out.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), layer.k_cache.data_ptr(),
+            layer.v_cache.data_ptr(), *plan.addresses,
         )  # fmt: skip
+        fields[kernels.NUM_TOKENS : kernels.NUM_FIELDS] = (
+            len(q), num_blocks * block_size, q.shape[1], num_kv_heads, head_dim, v.shape[2], num_rows,
+            metadata.block_tables.shape[1], block_size, splits, kernels.NO_WINDOW if window is None else window,
+        )  # fmt: skip
+        self._numbers[kernels.SCALE], self._numbers[kernels.SOFTCAP] = scale, softcap or 0.0
+        sinks = self._no_sinks(q.shape[1]) if sinks is None else sinks.float().contiguous()
+        fields[kernels.SINKS] = sinks.data_ptr()
+        write, attend = _KERNELS[q.dtype]
+        # All K and V stand before anything is read: a row may read a block that another row fills in this very step.
+        self._team.run(write, fields.ctypes.data, -(-len(q) // kernels.WRITE_CHUNK))
+        if num_rows:
+            self._team.run(attend, fields.ctypes.data, num_rows * splits)
 
 
 def _attend_chunk(
@@ -195,16 +203,3 @@ def _attend_chunk(
         enable_gqa=True,
     )
     return out[0].transpose(0, 1)
-
-
-@cache
-def _compiled(
-    dtype: torch.dtype, threaded: bool, has_window: bool, has_softcap: bool, has_sinks: bool
-) -> Callable[..., None]:
-    """The kernel's entry point for one combination; the machine code lies on disk after the first time."""
-    caches = types.Array(from_dtype(STORAGE[dtype]), 3, "C")
-    arrays = (types.Array(types.int64, 1, "C"), types.Array(types.int32, 2, "C"), types.Array(types.int32, 1, "C"))
-    sinks = types.Array(types.float32, 1, "C") if has_sinks else types.none
-    options = (types.int64 if has_window else types.none, types.float32 if has_softcap else types.none, sinks)
-    signature = (*[types.int64] * 4, caches, caches, *arrays, *[types.int64] * 4, types.float32, *options)
-    return entry_point(cpu_kernels.step_parallel if threaded else cpu_kernels.step, signature)

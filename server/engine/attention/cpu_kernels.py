@@ -1,20 +1,49 @@
 """The numba kernel of CPU attention: write new K and V to the cache, attend one new token per row over its blocks.
 
-Arrays hold bf16 as uint16 bits or float32 as it is (adapters/ops/bf16.py); sums are float32. `window`, `softcap` and
-`sinks` may be None, and numba then compiles the kernel without them. Knows nothing of torch, requests or prompts.
+Arrays hold bf16 as uint16 bits or float32 as it is (adapters/ops/bf16.py); sums are float32. Both kernels run in chunks
+on a ThreadTeam and read one array of int64 fields. Knows nothing of torch, requests or prompts.
 """
 
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 from numba.np.numpy_support import carray
 
 from adapters.ops.bf16 import narrow, pointer, widen
-from adapters.ops.numba_kernels import kernel
+from adapters.ops.thread_team import chunk_kernel
 
 # No "nnan" and no "ninf": a row with broken logits must come out as NaN, not as a plausible number.
 _EXACT: dict[str, Any] = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy", "nogil": True}
+
+(
+    OUT,  # address of [num_tokens, num_heads, v_head_dim]; it, q, k and v have the caches' dtype and are contiguous
+    Q,  # [num_tokens, num_heads, head_dim]
+    K,  # [num_tokens, num_kv_heads, head_dim]
+    V,  # [num_tokens, num_kv_heads, v_head_dim]
+    K_CACHE,  # [num_slots, num_kv_heads, head_dim]
+    V_CACHE,  # [num_slots, num_kv_heads, v_head_dim]
+    SLOT_MAPPING,  # int64 [num_tokens]
+    BLOCK_TABLES,  # int32 [num_rows, max_blocks]
+    CONTEXT_LENS,  # int32 [num_rows]
+    NUMBERS,  # float32 [2]: SCALE, SOFTCAP
+    SINKS,  # float32 [num_heads], -inf = none
+    NUM_TOKENS,
+    NUM_SLOTS,
+    NUM_HEADS,
+    NUM_KV_HEADS,
+    HEAD_DIM,
+    V_HEAD_DIM,
+    NUM_DECODE_ROWS,
+    MAX_BLOCKS,
+    BLOCK_SIZE,
+    SPLITS,  # chunks per decode row; each takes its share of the KV heads
+    WINDOW,  # NO_WINDOW = none
+    NUM_FIELDS,
+) = range(23)
+SCALE, SOFTCAP = 0, 1  # softcap 0 = none
+NO_WINDOW = 2**62
+WRITE_CHUNK = 64  # tokens
 
 _LOG2_E = np.float32(1.4426950408889634)
 # 2^f on (-1, 0], weighted least squares at Chebyshev nodes: relative error 7.5e-8 before float32's own.
@@ -48,19 +77,19 @@ def _cap(x: Any, softcap: Any) -> Any:
 def _softmax(scores: Any, softcap: Any, sink: Any) -> None:
     """scores [length] = e^(scores - max) / Σ e^(scores - max), in place; all NaN when any of them is not finite.
 
-    A sink is one score more in max and Σ, uncapped.
+    A sink is one score more in max and Σ, uncapped; -inf = none.
     """
     checksum = np.float32(0.0)  # 0, or NaN when a score is not finite
     for i in range(scores.shape[0]):
         checksum += scores[i] * np.float32(0.0)
-    if softcap is not None:
+    if softcap > 0:
         for i in range(scores.shape[0]):
             scores[i] = _cap(scores[i], softcap)
     largest = scores[0]
     for i in range(scores.shape[0]):
         largest = max(largest, scores[i])
     total = np.float32(0.0)
-    if sink is not None:
+    if sink > -np.inf:
         largest = max(largest, sink)
         total += exp(sink - largest)
     for i in range(scores.shape[0]):
@@ -150,67 +179,71 @@ def _attend(
 ) -> None:
     """out[h] = softmax(scale · q[h] · Kᵀ) · V over the tokens of one row that its last token sees."""
     end = np.int64(context_len)
-    begin = np.int64(0)
-    if window is not None:
-        begin = max(begin, end - window)
+    begin = max(np.int64(0), end - window)
     slots = _slots_of(block_table, begin, end, block_size)
     weights = _score(q, k_cache, slots, first, group, scale)
     for h in range(weights.shape[0]):
-        if sinks is None:
-            _softmax(weights[h], softcap, None)
-        else:
-            _softmax(weights[h], softcap, sinks[first * group + h])
+        _softmax(weights[h], softcap, sinks[first * group + h])
     _mix(out, weights, v_cache, slots, first, group)
 
 
 @njit(**_EXACT)
-def _write(k: Any, v: Any, k_cache: Any, v_cache: Any, slot_mapping: Any) -> None:
-    """cache[slot_mapping[t]] = k[t], v[t]."""
-    for t in range(slot_mapping.shape[0]):
+def _write(arguments: int, chunk: int, kind: Any) -> None:
+    """cache[slot_mapping[t]] = k[t], v[t] for the tokens t of a chunk."""
+    fields = carray(pointer(arguments), NUM_FIELDS, np.int64)
+    num_tokens, heads, dim, v_dim = fields[NUM_TOKENS], fields[NUM_KV_HEADS], fields[HEAD_DIM], fields[V_HEAD_DIM]
+    k = carray(pointer(fields[K]), (num_tokens, heads * dim), kind)
+    v = carray(pointer(fields[V]), (num_tokens, heads * v_dim), kind)
+    k_cache = carray(pointer(fields[K_CACHE]), (fields[NUM_SLOTS], heads * dim), kind)
+    v_cache = carray(pointer(fields[V_CACHE]), (fields[NUM_SLOTS], heads * v_dim), kind)
+    slot_mapping = carray(pointer(fields[SLOT_MAPPING]), num_tokens, np.int64)
+    for t in range(chunk * WRITE_CHUNK, min(num_tokens, (chunk + 1) * WRITE_CHUNK)):
         slot = slot_mapping[t]
-        for kv in range(k_cache.shape[1]):
-            for d in range(k_cache.shape[2]):
-                k_cache[slot, kv, d] = k[t, kv, d]
-            for d in range(v_cache.shape[2]):
-                v_cache[slot, kv, d] = v[t, kv, d]
+        for d in range(heads * dim):
+            k_cache[slot, d] = k[t, d]
+        for d in range(heads * v_dim):
+            v_cache[slot, d] = v[t, d]
 
 
-@kernel()
-def step(
-    out_at: int,  # address of [num_tokens, num_heads, v_head_dim]; all four have the caches' dtype and are contiguous
-    q_at: int,  # [num_tokens, num_heads, head_dim]
-    k_at: int,  # [num_tokens, num_kv_heads, head_dim]
-    v_at: int,  # [num_tokens, num_kv_heads, v_head_dim]
-    k_cache: Any,  # [num_slots, num_kv_heads, head_dim]
-    v_cache: Any,  # [num_slots, num_kv_heads, v_head_dim]
-    slot_mapping: Any,  # [num_tokens]
-    block_tables: Any,  # [num_rows, max_blocks]
-    context_lens: Any,  # [num_rows]
-    num_decode_rows: int,
-    num_heads: int,
-    block_size: int,
-    splits: int,
-    scale: Any,
-    window: Any,
-    softcap: Any,
-    sinks: Any,  # [num_heads]
-) -> None:
-    """Write all K and V of the step, then attend for rows [0, num_decode_rows), whose tokens come first."""
-    num_tokens, num_kv_heads = slot_mapping.shape[0], k_cache.shape[1]
-    k = carray(pointer(k_at), (num_tokens, num_kv_heads, k_cache.shape[2]), k_cache.dtype)
-    v = carray(pointer(v_at), (num_tokens, num_kv_heads, v_cache.shape[2]), k_cache.dtype)
-    q = carray(pointer(q_at), (num_tokens, num_heads, k_cache.shape[2]), k_cache.dtype)
-    out = carray(pointer(out_at), (num_tokens, num_heads, v_cache.shape[2]), k_cache.dtype)
-    # All K and V stand before anything is read: a row may read a block that another row fills in this very step.
-    _write(k, v, k_cache, v_cache, slot_mapping)
-    group, per_task = num_heads // num_kv_heads, num_kv_heads // splits
-    for task in prange(num_decode_rows * splits):
-        row, first = task // splits, (task % splits) * per_task
-        heads = slice(first * group, (first + per_task) * group)
-        _attend(
-            out[row, heads], q[row, heads], k_cache, v_cache, block_tables[row], block_size, context_lens[row],
-            first, group, scale, window, softcap, sinks,
-        )  # fmt: skip
+@njit(**_EXACT)
+def _attend_heads(arguments: int, chunk: int, kind: Any) -> None:
+    """One row's last token, for the heads of one of its splits."""
+    fields = carray(pointer(arguments), NUM_FIELDS, np.int64)
+    heads, kv_heads, dim, v_dim = fields[NUM_HEADS], fields[NUM_KV_HEADS], fields[HEAD_DIM], fields[V_HEAD_DIM]
+    num_rows, max_blocks = fields[NUM_DECODE_ROWS], fields[MAX_BLOCKS]
+    q = carray(pointer(fields[Q]), (num_rows, heads, dim), kind)
+    out = carray(pointer(fields[OUT]), (num_rows, heads, v_dim), kind)
+    k_cache = carray(pointer(fields[K_CACHE]), (fields[NUM_SLOTS], kv_heads, dim), kind)
+    v_cache = carray(pointer(fields[V_CACHE]), (fields[NUM_SLOTS], kv_heads, v_dim), kind)
+    block_tables = carray(pointer(fields[BLOCK_TABLES]), (num_rows, max_blocks), np.int32)
+    context_lens = carray(pointer(fields[CONTEXT_LENS]), num_rows, np.int32)
+    numbers = carray(pointer(fields[NUMBERS]), 2, np.float32)
+    sinks = carray(pointer(fields[SINKS]), heads, np.float32)
+    splits = fields[SPLITS]
+    group, per_chunk = heads // kv_heads, kv_heads // splits
+    row, first = chunk // splits, (chunk % splits) * per_chunk
+    begin, end = first * group, (first + per_chunk) * group
+    _attend(
+        out[row, begin:end], q[row, begin:end], k_cache, v_cache, block_tables[row], fields[BLOCK_SIZE],
+        context_lens[row], first, group, numbers[SCALE], fields[WINDOW], numbers[SOFTCAP], sinks,
+    )  # fmt: skip
 
 
-step_parallel = kernel(parallel=True)(step.py_func)
+@chunk_kernel(**_EXACT)
+def write_bf16(arguments, chunk):  # type: ignore[no-untyped-def]
+    _write(arguments, chunk, np.uint16)
+
+
+@chunk_kernel(**_EXACT)
+def write_f32(arguments, chunk):  # type: ignore[no-untyped-def]
+    _write(arguments, chunk, np.float32)
+
+
+@chunk_kernel(**_EXACT)
+def attend_bf16(arguments, chunk):  # type: ignore[no-untyped-def]
+    _attend_heads(arguments, chunk, np.uint16)
+
+
+@chunk_kernel(**_EXACT)
+def attend_f32(arguments, chunk):  # type: ignore[no-untyped-def]
+    _attend_heads(arguments, chunk, np.float32)

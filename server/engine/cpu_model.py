@@ -1,0 +1,44 @@
+"""Suits a loaded model to the CPU: threads shared out, linears packed, norms and rotary embedding in one call each.
+
+Stock classes stay; single modules are swapped after a trial in which they gave what the stock ones give. Knows nothing
+of requests and adapters.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from transformers import PreTrainedModel
+
+from adapters.ops import bf16_dot
+from adapters.ops.thread_team import ThreadTeam, start_team
+from server.engine.fused_norm import fuse_norms
+from server.engine.fused_rotary import fuse_rotary
+from server.engine.packed_linear import pack_linears
+
+
+def suit(
+    model: PreTrainedModel, groups: Sequence[Sequence[str]], cpu_threads: int | None
+) -> Callable[[], AbstractContextManager[None]]:
+    """Swap what the CPU has better; returns the context in which a forward pass has all its threads.
+
+    `groups` names linears that read one input; `cpu_threads` None = chosen here.
+    """
+    team = _share_out_threads(cpu_threads, own_product=model.dtype is torch.bfloat16 and bf16_dot.is_supported())
+    pack_linears(model, groups, team)
+    fuse_norms(model)
+    fuse_rotary(model)
+    return team.step
+
+
+def _share_out_threads(wanted: int | None, *, own_product: bool) -> ThreadTeam:
+    """The team our kernels run on. Two pools of threads would take the cores from each other, so torch is left with one
+    thread where our kernels do the products, and our team has one where torch does them."""
+    if own_product:
+        torch.set_num_threads(1)
+        return start_team(wanted or len(os.sched_getaffinity(0)))
+    # OpenMP's threads wait for each other by spinning: one core stays free for connections and tokenisation.
+    if wanted is not None or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(wanted or max(1, len(os.sched_getaffinity(0)) - 1))
+    return start_team(1)

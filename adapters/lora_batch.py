@@ -60,7 +60,7 @@ class LoRABatch:
 
     @cached_property
     def addresses(self) -> tuple[int, int, int, int]:
-        """Where rows, indptr, starts and weights lie, for a kernel; numpy takes its time to tell, so it is asked once."""
+        """Where rows, indptr, starts and weights lie, for a kernel. numpy takes its time to tell: asked once."""
         return (
             self.rows.ctypes.data,
             self.indptr.ctypes.data,

@@ -125,7 +125,7 @@ class Starter:
         server = self.stack.enter_context(running)
         server.hold()
         names = tuple(each.stem for each in adapters)
-        return Endpoint(name, server, Target(server.url, make_body), base_model, names, describe(command, port), proves)
+        return Endpoint(name, server, Target(server.url, make_body, keep_alive=False), base_model, names, describe(command, port), proves)
 
 
 def describe(command: StartCommand, port: int) -> str:

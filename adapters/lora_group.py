@@ -23,17 +23,18 @@ class Step:
 
     batch: Any = None  # as LoRAOps.stage gave it
     is_running: bool = False
+    everywhere: bool = False  # apply in groups that no adapter targets, too
 
 
 class GroupLoRA:
     """The pools of the linears that read one input."""
 
-    __slots__ = ("_bound", "_forwards", "num_targeting", "outputs", "pools", "step")
+    __slots__ = ("_bound", "_forwards", "outputs", "pools", "step", "targeted")
 
     def __init__(self, step: Step, pools: LoRAPools, bound: BoundLoRA, forwards: Sequence[Callable[[Tensor], Tensor]]):
         self.step = step
         self.pools = pools
-        self.num_targeting = 0  # (adapter, module) pairs with a rank in this group
+        self.targeted: dict[int, int] = {}  # first row → linears with a rank there; read without asking the device
         self.outputs = SharedResult(self._compute)
         self._bound = bound
         self._forwards = forwards  # of each linear without LoRA
@@ -50,12 +51,13 @@ class GroupLoRA:
         self.pools.a_pool[index, start:end].copy_(weights.lora_a)
         self.pools.b_pools[index][start:end].copy_(weights.lora_b)
         self.pools.ranks[index, start] = weights.lora_rank
-        self.num_targeting += weights.lora_rank > 0
+        if weights.lora_rank > 0:
+            self.targeted[start] = self.targeted.get(start, 0) + 1
 
     def clear(self, start: int) -> None:
         """No linear of the group has a rank at row `start` any more."""
-        self.num_targeting -= int(self.pools.ranks[:, start].count_nonzero())
-        self.pools.ranks[:, start] = 0
+        if self.targeted.pop(start, 0):
+            self.pools.ranks[:, start] = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         lora: ModuleLoRA = self.__dict__[STATE]
-        group = lora.group
-        if group.step.batch is None or not group.num_targeting:
+        group, step = lora.group, lora.group.step
+        if step.batch is None or not (group.targeted or step.everywhere):
             return lora.forward(x)
         return group.outputs.take(lora.index, x)

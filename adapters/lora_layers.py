@@ -76,16 +76,21 @@ class LoRALayers:
             del self._written[first]
 
     @contextmanager
-    def applying(self, batch: Any) -> Iterator[None]:
+    def applying(self, batch: Any, *, everywhere: bool = False) -> Iterator[None]:
         """Apply `batch`, as `ops.stage` gave it, in the forward passes inside; None = base rows only. RuntimeError when
-        nested."""
+        nested.
+
+        `everywhere` runs the operation in linears that no adapter targets, too: what is recorded for replay must serve
+        adapters that come later.
+        """
         if self._step.is_running:
             raise RuntimeError("a LoRA batch is already being applied to this model")
-        self._step.is_running, self._step.batch = True, batch
+        step = self._step
+        step.is_running, step.batch, step.everywhere = True, batch, everywhere
         try:
             yield
         finally:
-            self._step.is_running, self._step.batch = False, None
+            step.is_running, step.batch, step.everywhere = False, None, False
             for group in self._groups:
                 group.outputs.forget()
 
@@ -102,8 +107,9 @@ class LoRALayers:
                 assert start in self._written, f"{name} has a rank at row {start}, where no adapter begins"
                 assert ranks[start] <= self._written[start].lora_rank, f"{name} has a rank too wide at row {start}"
         for group in self._groups:
-            counted = int(group.pools.ranks.count_nonzero())
-            assert group.num_targeting == counted, f"a group counts {group.num_targeting} adapters of {counted}"
+            counts = group.pools.ranks.count_nonzero(dim=0).tolist()  # [num_rows] linears with a rank
+            counted = {start: count for start, count in enumerate(counts) if count}
+            assert group.targeted == counted, f"a group counts {group.targeted} where its pools say {counted}"
 
     def _check(self, start: int, model: LoRAModel) -> None:
         if start < 0 or start + model.lora_rank > self.num_rows:

@@ -1,9 +1,10 @@
-"""Fixtures every test may use. Nothing here downloads anything."""
+"""Fixtures every test may use, and where Triton runs. Nothing here downloads anything."""
 
 from pathlib import Path
 
 import pytest
 
+import tests.triton_interpreter  # noqa: F401  # before all that imports Triton: PEFT, the base model
 from server.default_model import default_model_folder as resolve_default_model
 
 

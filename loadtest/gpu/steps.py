@@ -63,9 +63,8 @@ class _NoLoRA:
     """Stands where LoRA layers stand, before the model has any."""
 
     num_rows = 1
-    _groups: Sequence[Any] = ()
 
-    def applying(self, batch: object) -> nullcontext[None]:
+    def applying(self, batch: object, *, everywhere: bool) -> nullcontext[None]:
         assert batch is None
         return nullcontext()
 

@@ -4,9 +4,6 @@ A step whose rows all have one new token takes the graph of the smallest bucket 
 step without a graph, runs eagerly at its own size. Knows nothing of queues, blocks' owners or sampling.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -46,8 +43,8 @@ class DeviceRunner:
     def capture(self, *, with_lora: bool = True) -> None:
         """Compile what prompts need, so that no request waits for it, and record the decode graphs, if there are to be
         any; without LoRA for a model that has no LoRA layers."""
-        with _applied_everywhere(self.lora):
-            self.execute(_prompt(has_lora=with_lora))
+        prompt = _prompt(has_lora=with_lora)
+        self._forward(self._step.stage(prompt, self._exact_caps(prompt)), everywhere=True)
         if self.graphs is not None:
             self.graphs.capture(with_lora=with_lora)
 
@@ -96,24 +93,12 @@ class DeviceRunner:
     def _run(self, bucket: Bucket) -> Tensor:
         """The forward pass over a bucket's static buffers, whatever stands there."""
         staged = self._step.staged(self._caps[bucket.num_rows], has_lora=bucket.has_lora)
-        with _applied_everywhere(self.lora):
-            return self._forward(staged)
+        return self._forward(staged, everywhere=True)
 
-    def _forward(self, staged: StagedStep) -> Tensor:
-        with self.base.context.running(staged.attention), self.lora.applying(staged.lora):
+    def _forward(self, staged: StagedStep, *, everywhere: bool = False) -> Tensor:
+        """Logits; `everywhere` for what must serve adapters that come later and target others than today's."""
+        with self.base.context.running(staged.attention), self.lora.applying(staged.lora, everywhere=everywhere):
             return self.base.forward(staged.input_ids, staged.positions, staged.logits_indices)
-
-
-@contextmanager
-def _applied_everywhere(lora: LoRALayers) -> Iterator[None]:
-    """Apply LoRA in every group of linears: a graph serves adapters that come later and target others than today's."""
-    for group in lora._groups:
-        group.num_targeting += 1
-    try:
-        yield
-    finally:
-        for group in lora._groups:
-            group.num_targeting -= 1
 
 
 def _prompt(*, has_lora: bool) -> ForwardBatch:

@@ -264,7 +264,7 @@ def test_check_integrity_sees_a_stray_rank(layers: LoRALayers) -> None:
         layers.check_integrity()
 
 
-def test_no_adapter_in_a_module_runs_no_lora_code_there(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_without_adapters_runs_lora_code_only_where_told_to(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
     class CountingOps:
@@ -291,6 +291,27 @@ def test_no_adapter_in_a_module_runs_no_lora_code_there(net: Net, monkeypatch: p
     with layers.applying(batch_of([2], [((0, 1.0),)])):
         net(x)
     assert calls == ["first"]
+    plain = net.second(net.first(x))
+    with layers.applying(batch_of([2], [((4, 1.0),)]), everywhere=True):
+        assert torch.equal(net(x), plain)
+    assert calls == ["first", "first", "second"]
+    with layers.applying(batch_of([2], [((0, 1.0),)])):
+        net(x)
+    assert calls == ["first", "first", "second", "first"], "everywhere outlived its step"
+    with layers.applying(None, everywhere=True):
+        net(x)
+    assert len(calls) == 4, "a step of base rows only has nothing to apply"
+
+
+def test_clearing_reads_nothing_from_the_device(layers: LoRALayers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read would wait for all that the device has been given to do."""
+    layers.write(0, one())
+    for method in ("item", "tolist", "__int__", "__bool__"):
+        monkeypatch.setattr(Tensor, method, lambda self, name=method: pytest.fail(f"{name} waits for the device"))
+    layers.clear(0, 8)
+    monkeypatch.undo()
+    layers.check_integrity()
+    assert not any(group.targeted for group in layers._groups)
 
 
 def test_a_forward_hung_on_the_instance_stays_in_charge(net: Net) -> None:

@@ -187,6 +187,11 @@ def _add_tile(arguments: int, chunk: int) -> None:
         out_features, width = fields[at + OUT_FEATURES], np.int64(2 * WIDTH)
         y = fields[at + Y] + 2 * begin * out_features
         b_rows = fields[at + B_POOL] + 2 * start * out_features
+        if padded > rank:  # the row after an odd rank is another adapter's, or nobody's: 0 times that may be NaN
+            pool = carray(pointer(fields[at + B_POOL]), (num_rows, out_features), np.uint16)
+            even = np.zeros((padded, out_features), np.uint16)
+            even[:rank] = pool[start : start + rank]
+            b_rows = np.int64(even.ctypes.data)
         for first in range(0, count, MAX_ROWS):
             for column in range(out_features // WIDTH):
                 add_product(

@@ -1,4 +1,4 @@
-"""Suits a loaded model to the CPU: threads shared out, linears packed, norms and rotary embedding in one call each.
+"""Suits a loaded model to the CPU: threads shared out, linears packed, what lies between them in one call each.
 
 Stock classes stay; single modules are swapped after a trial in which they gave what the stock ones give. Knows nothing
 of requests and adapters.
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from adapters.ops import bf16_dot
 from adapters.ops.thread_team import ThreadTeam, start_team
+from server.engine.fused_mlp import fuse_mlps
 from server.engine.fused_norm import fuse_norms
 from server.engine.fused_rotary import fuse_rotary
 from server.engine.packed_linear import pack_linears
@@ -29,6 +30,7 @@ def suit(
     pack_linears(model, groups, team)
     fuse_norms(model)
     fuse_rotary(model)
+    fuse_mlps(model, team)
     return team.step
 
 

@@ -1,4 +1,5 @@
-"""Attention on CPU: a numba kernel for rows with one new token, torch's SDPA over gathered blocks for longer rows.
+"""Attention on CPU: a kernel for rows with one new token, another for longer rows of bfloat16 where it fits, and
+torch's SDPA over gathered blocks for the rest.
 
 What depends on the step alone (which rows are long, their masks and block ids) is worked out once and used by all
 layers.
@@ -8,12 +9,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from adapters.ops import bf16_dot
 from adapters.ops.thread_team import current_team
 from server.engine.attention import cpu_kernels as kernels
+from server.engine.attention import prefill_kernels as prefill
 from server.engine.attention.interface import AttentionMetadata, KVLayer
 from server.engine.attention.reference import attend_dense, visible_mask
 
@@ -60,6 +64,16 @@ class _StepPlan:
         return tuple(_Chunk(starts[row], starts[row + 1], lens[row], tables[row]) for row in rows)
 
     @cached_property
+    def pieces(self) -> npt.NDArray[np.int64]:
+        """[num_pieces, 4] the chunks' tokens in pieces to share out, as prefill_kernels.py reads them."""
+        found = [
+            (row, begin, min(prefill.QUERIES, chunk.end - begin), chunk.context_len - (chunk.end - begin) + 1)
+            for row, chunk in enumerate(self.chunks, start=self.metadata.num_decode_rows)
+            for begin in range(chunk.begin, chunk.end, prefill.QUERIES)
+        ]
+        return np.array(found, np.int64).reshape(-1, prefill.PIECE_FIELDS)
+
+    @cached_property
     def addresses(self) -> tuple[int, int, int]:
         """Where slot mapping, block tables and context lengths lie."""
         metadata = self.metadata
@@ -101,8 +115,12 @@ class CPUAttention:
         sinks: Tensor | None = None,
     ) -> Tensor:  # [num_tokens, num_heads, v_head_dim]
         plan = self._plan_of(metadata)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # held here, since the kernels know addresses only
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         self._write_and_decode(out, q, k, v, layer, plan, scale, sliding_window, softcap, sinks)
+        if plan.chunks and self._suits_kernel(q, v, sliding_window, softcap, sinks):
+            self._team.run(prefill.ATTEND_PIECES, self._fields.ctypes.data, len(plan.pieces) * k.shape[1])
+            return out
         for chunk in plan.chunks:
             rows = slice(chunk.begin, chunk.end)
             heads = q[rows], k[rows], v[rows]
@@ -113,6 +131,13 @@ class CPUAttention:
         if self._plan is None or self._plan.metadata is not metadata:
             self._plan = _StepPlan(metadata)
         return self._plan
+
+    @staticmethod
+    def _suits_kernel(q: Tensor, v: Tensor, window: int | None, softcap: float | None, sinks: Tensor | None) -> bool:
+        """Whether our kernel serves rows with several new tokens, rather than torch's."""
+        is_plain = window is None and softcap is None and sinks is None
+        fits = is_plain and q.dtype is torch.bfloat16 and prefill.suits(q.shape[2], v.shape[2])
+        return fits and bf16_dot.is_supported()
 
     def _no_sinks(self, num_heads: int) -> Tensor:
         if num_heads not in self._absent:
@@ -148,18 +173,18 @@ class CPUAttention:
         num_rows, (num_blocks, block_size, num_kv_heads, head_dim) = metadata.num_decode_rows, layer.k_cache.shape
         # The heads of a row stay together, since their K lie together, unless there are too few rows to share out.
         splits = num_kv_heads if num_rows < 2 * self._team.num_threads else 1
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         fields[: kernels.NUMBERS] = (
             out.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), layer.k_cache.data_ptr(),
             layer.v_cache.data_ptr(), *plan.addresses,
         )  # fmt: skip
-        fields[kernels.NUM_TOKENS : kernels.NUM_FIELDS] = (
+        fields[kernels.NUM_TOKENS : kernels.PIECES] = (
             len(q), num_blocks * block_size, q.shape[1], num_kv_heads, head_dim, v.shape[2], num_rows,
             metadata.block_tables.shape[1], block_size, splits, kernels.NO_WINDOW if window is None else window,
         )  # fmt: skip
         self._numbers[kernels.SCALE], self._numbers[kernels.SOFTCAP] = scale, softcap or 0.0
         sinks = self._no_sinks(q.shape[1]) if sinks is None else sinks.float().contiguous()
         fields[kernels.SINKS] = sinks.data_ptr()
+        fields[kernels.PIECES] = plan.pieces.ctypes.data
         write, attend = _KERNELS[q.dtype]
         # All K and V stand before anything is read: a row may read a block that another row fills in this very step.
         self._team.run(write, fields.ctypes.data, -(-len(q) // kernels.WRITE_CHUNK))

@@ -12,9 +12,7 @@ from numba.np.numpy_support import carray
 
 from adapters.ops.bf16 import narrow, pointer, widen
 from adapters.ops.thread_team import chunk_kernel
-
-# No "nnan" and no "ninf": a row with broken logits must come out as NaN, not as a plausible number.
-_EXACT: dict[str, Any] = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy", "nogil": True}
+from server.engine.fast_exp import EXACT, exp
 
 (
     OUT,  # address of [num_tokens, num_heads, v_head_dim]; it, q, k and v have the caches' dtype and are contiguous
@@ -39,32 +37,15 @@ _EXACT: dict[str, Any] = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "e
     BLOCK_SIZE,
     SPLITS,  # chunks per decode row; each takes its share of the KV heads
     WINDOW,  # NO_WINDOW = none
+    PIECES,  # int64 [num_pieces, 4], of prefill_kernels.py
     NUM_FIELDS,
-) = range(23)
+) = range(24)
 SCALE, SOFTCAP = 0, 1  # softcap 0 = none
 NO_WINDOW = 2**62
 WRITE_CHUNK = 64  # tokens
 
-_LOG2_E = np.float32(1.4426950408889634)
-# 2^f on (-1, 0], weighted least squares at Chebyshev nodes: relative error 7.5e-8 before float32's own.
-_C0, _C1, _C2 = np.float32(0.99999994), np.float32(0.69314224), np.float32(0.24017219)
-_C3, _C4, _C5 = np.float32(0.055279724), np.float32(0.0091886120), np.float32(0.00093878829)
 
-
-@njit(inline="always", **_EXACT)
-def exp(x: Any) -> Any:
-    """e^x for x <= 0, as 2^n · 2^f with whole n and f in (-1, 0]; unlike libm's exp, LLVM vectorises it.
-
-    Below 2^-126 it stays at 2^-126: beside the weight 1 of the largest score that is nothing.
-    """
-    t = max(x * _LOG2_E, np.float32(-126.0))
-    n = np.int32(t)
-    f = t - np.float32(n)
-    two_to_f = _C0 + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * _C5))))
-    return two_to_f * widen(np.uint16((n + 127) << 7))  # the bits of 2^n as bf16: an exponent and nothing else
-
-
-@njit(inline="always", **_EXACT)
+@njit(inline="always", **EXACT)
 def _cap(x: Any, softcap: Any) -> Any:
     """softcap · tanh(x / softcap), with tanh|z| = (1 - e^(-2|z|)) / (1 + e^(-2|z|))."""
     z = x / softcap
@@ -73,7 +54,7 @@ def _cap(x: Any, softcap: Any) -> Any:
     return softcap * tanh if z >= 0 else -softcap * tanh
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def _softmax(scores: Any, softcap: Any, sink: Any) -> None:
     """scores [length] = e^(scores - max) / Σ e^(scores - max), in place; all NaN when any of them is not finite.
 
@@ -101,7 +82,7 @@ def _softmax(scores: Any, softcap: Any, sink: Any) -> None:
         scores[i] *= inverse
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def _slots_of(block_table: Any, begin: int, end: int, block_size: int) -> Any:
     """[end - begin] slots of the row's tokens [begin, end)."""
     slots = np.empty(end - begin, np.int64)
@@ -111,7 +92,7 @@ def _slots_of(block_table: Any, begin: int, end: int, block_size: int) -> Any:
     return slots
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def _score(q: Any, k_cache: Any, slots: Any, first: int, group: int, scale: Any) -> Any:
     """[num_heads, length] scores[h, i] = scale · q[h] · K[slots[i]], K of KV head first + h // group."""
     num_heads, head_dim = q.shape
@@ -134,7 +115,7 @@ def _score(q: Any, k_cache: Any, slots: Any, first: int, group: int, scale: Any)
     return scores
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def _mix(out: Any, weights: Any, v_cache: Any, slots: Any, first: int, group: int) -> None:
     """out[h] = Σ_i weights[h, i] · V[slots[i]], V of KV head first + h // group. out [num_heads, v_head_dim]."""
     num_heads, v_head_dim = out.shape
@@ -161,7 +142,7 @@ def _mix(out: Any, weights: Any, v_cache: Any, slots: Any, first: int, group: in
             out[h, j] = narrow(total[h, j], out)
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def _attend(
     out: Any,  # [num_heads, v_head_dim], the heads that read KV heads [first, first + num_heads // group)
     q: Any,  # [num_heads, head_dim]
@@ -187,7 +168,7 @@ def _attend(
     _mix(out, weights, v_cache, slots, first, group)
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def _write(arguments: int, chunk: int, kind: Any) -> None:
     """cache[slot_mapping[t]] = k[t], v[t] for the tokens t of a chunk."""
     fields = carray(pointer(arguments), NUM_FIELDS, np.int64)
@@ -205,7 +186,7 @@ def _write(arguments: int, chunk: int, kind: Any) -> None:
             v_cache[slot, d] = v[t, d]
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def _attend_heads(arguments: int, chunk: int, kind: Any) -> None:
     """One row's last token, for the heads of one of its splits."""
     fields = carray(pointer(arguments), NUM_FIELDS, np.int64)
@@ -229,21 +210,21 @@ def _attend_heads(arguments: int, chunk: int, kind: Any) -> None:
     )  # fmt: skip
 
 
-@chunk_kernel(**_EXACT)
+@chunk_kernel(**EXACT)
 def write_bf16(arguments, chunk):  # type: ignore[no-untyped-def]
     _write(arguments, chunk, np.uint16)
 
 
-@chunk_kernel(**_EXACT)
+@chunk_kernel(**EXACT)
 def write_f32(arguments, chunk):  # type: ignore[no-untyped-def]
     _write(arguments, chunk, np.float32)
 
 
-@chunk_kernel(**_EXACT)
+@chunk_kernel(**EXACT)
 def attend_bf16(arguments, chunk):  # type: ignore[no-untyped-def]
     _attend_heads(arguments, chunk, np.uint16)
 
 
-@chunk_kernel(**_EXACT)
+@chunk_kernel(**EXACT)
 def attend_f32(arguments, chunk):  # type: ignore[no-untyped-def]
     _attend_heads(arguments, chunk, np.float32)

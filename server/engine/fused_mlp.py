@@ -1,0 +1,96 @@
+"""Gated MLPs of stock models: silu(gate) · up in one kernel call, shared out among the thread team.
+
+A module is swapped by its class, after its own forward and the kernel's way gave the same numbers; what agrees with
+neither form is left alone. Knows nothing of adapters: gate, up and down are called as the stock forward calls them.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adapters.ops.thread_team import ThreadTeam
+from server.engine import fused_mlp_kernels as kernels
+
+_TRIAL_TOKENS = 7
+_MAX_DIFFERENCE = 2e-2  # of the largest output, bfloat16
+_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+Combine = Callable[[Tensor, Tensor], Tensor]
+
+
+class FusedMLP(nn.Module):
+    """Stands before the stock class in the swapped class: down(silu(gate(x)) · up(x))."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    _combine: Combine
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(self._combine(self.gate_proj(x), self.up_proj(x)))
+        return y
+
+
+def fuse_mlps(model: nn.Module, team: ThreadTeam) -> int:
+    """Swap every gated SiLU MLP of a frozen bfloat16 model on the CPU that the kernel agrees with; returns how many."""
+    combine = _combine_on(team)
+    num_fused = 0
+    for module in model.modules():
+        if _looks_gated(module) and _agrees(module, combine):
+            module.__dict__["_combine"] = combine
+            stock: Any = type(module)  # to mypy a class of modules is not hashable
+            module.__class__ = _fused_class(stock)
+            num_fused += 1
+    return num_fused
+
+
+@cache
+def _fused_class(stock: type[Any]) -> type[nn.Module]:
+    return type(f"Fused{stock.__name__}", (FusedMLP, stock), {})
+
+
+def _looks_gated(module: nn.Module) -> bool:
+    """Whether the parts, and nothing else, are those of a gated MLP."""
+    parts = dict(module.named_children())
+    if set(parts) != _PARTS or isinstance(module, FusedMLP) or module._parameters or module._buffers:
+        return False
+    weights = list(module.parameters())
+    return bool(weights) and all(w.dtype is torch.bfloat16 and w.device.type == "cpu" for w in weights)
+
+
+def _agrees(module: nn.Module, combine: Combine) -> bool:
+    """Whether the module's own forward is what the kernel computes, for inputs of all sizes."""
+    generator = torch.Generator().manual_seed(0)
+    in_features = int(module.gate_proj.in_features)  # type: ignore[arg-type,union-attr]
+    x = torch.randn(1, _TRIAL_TOKENS, in_features, generator=generator)
+    x = (x * torch.logspace(-1, 1, _TRIAL_TOKENS)[:, None]).bfloat16()
+    gate, up, down = (getattr(module, name) for name in ("gate_proj", "up_proj", "down_proj"))
+    with torch.inference_mode():
+        try:
+            stock = module.forward(x)
+            found = down(combine(gate(x), up(x)))
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):  # it is no MLP of one input
+            return False
+    if not isinstance(stock, Tensor) or stock.shape != found.shape:
+        return False
+    return float((found - stock).abs().max()) <= _MAX_DIFFERENCE * float(stock.abs().max())
+
+
+def _combine_on(team: ThreadTeam) -> Combine:
+    """silu(gate) · up, both of one shape, bfloat16; the product is rounded after silu was, as torch does."""
+    fields = np.zeros(kernels.NUM_FIELDS, np.int64)
+    address = fields.ctypes.data
+
+    def combine(gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        out = torch.empty_like(gate)
+        size = gate.numel()
+        fields[:] = (out.data_ptr(), gate.data_ptr(), up.data_ptr(), size)
+        team.run(kernels.SILU_TIMES, address, -(-size // kernels.CHUNK))
+        return out
+
+    return combine

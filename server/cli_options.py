@@ -98,6 +98,10 @@ class ServeOptions:
         bool,
         Parameter(group=_MODEL_FLAGS, negative="", help="Serve without comparing with the model's own forward pass."),
     ] = _MODEL.skip_probe
+    enforce_eager: Annotated[
+        bool,
+        Parameter(group=_MODEL_FLAGS, negative="", help="No CUDA graphs: a faster start, slower decode steps."),
+    ] = _MODEL.enforce_eager
     seed: Annotated[int, Parameter(group=_MODEL_FLAGS, help="Of dummy weights.")] = _MODEL.seed
     cpu_threads: Annotated[
         Count | None,

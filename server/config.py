@@ -18,6 +18,7 @@ class ModelConfig:
     load_format: str = "auto"  # auto = the checkpoint's weights; dummy = random weights from the config
     max_model_len: int | None = None  # tokens of prompt and output; None = the model's own limit
     skip_probe: bool = False
+    enforce_eager: bool = False  # run decode steps on a GPU without CUDA graphs
     cpu_threads: int | None = (
         None  # of the forward pass on CPU; None = OMP_NUM_THREADS, else one core less than there are
     )

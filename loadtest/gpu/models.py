@@ -78,8 +78,7 @@ def load(name: str, device: torch.device, max_model_len: int) -> BaseModel:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps({**CONFIGS[name], "dtype": "bfloat16"}))
         settings = ModelConfig(dtype="bfloat16", device=str(device), load_format="dummy", max_model_len=max_model_len)
-        with torch.device(device):
-            return load_base_model(Path(folder), name, settings)
+        return load_base_model(Path(folder), name, settings)
 
 
 def random_adapter(base: BaseModules, number: int, lora_rank: int, device: torch.device) -> LoRAModel:

@@ -74,7 +74,7 @@ def load_base_model(folder: Path, name: str, settings: ModelConfig) -> BaseModel
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     device = _device(settings.device)
     dtype = compute_dtype(settings.dtype, config)
-    model = _load_weights(folder, config, settings, dtype).eval().requires_grad_(False)
+    model = _load_weights(folder, config, settings, dtype, device).eval().requires_grad_(False)
     nn.Module.to(model, device)  # model.to itself is wrapped by transformers in a way that loses its type
     max_model_len = _max_model_len(name, config, settings.max_model_len)
     _pin_rope(model, max_model_len)
@@ -128,10 +128,14 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
         model.set_attn_implementation(before)
 
 
-def _load_weights(folder: Path, config: PreTrainedConfig, settings: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _load_weights(
+    folder: Path, config: PreTrainedConfig, settings: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """Weights from the folder, in host memory; or random ones, drawn on `device`: a GPU draws billions at once."""
     if settings.load_format == "dummy":
         torch.manual_seed(settings.seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+        with device:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
     else:
         model = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -85,7 +85,6 @@ class Engine:
         *,
         num_token_ids: int | None = None,
         look_ahead: bool | None = None,
-        use_graphs: bool = True,
     ) -> None:
         if not config.model.skip_probe:
             probe.check(base)
@@ -102,7 +101,7 @@ class Engine:
         self.scheduler = Scheduler(config.scheduler, self.blocks, self.adapters, self.max_model_len)
         self.num_token_ids = min(num_token_ids or base.vocab_size, base.vocab_size)
         self.sampler = Sampler(base.vocab_size, allowed_size=self.num_token_ids)
-        self.runner: Runner = choose_runner(config, base, layers, self.max_model_len, use_graphs=use_graphs)
+        self.runner: Runner = choose_runner(config, base, layers, self.max_model_len)
         is_ahead = base.device.type == "cuda" if look_ahead is None else look_ahead
         max_num_seqs = config.scheduler.max_num_seqs
         self.device_sampler = DeviceSampler(self.num_token_ids, max_num_seqs, base.device) if is_ahead else None

@@ -25,16 +25,16 @@ class Runner(Protocol):
     def execute(self, batch: ForwardBatch, last_ids: Tensor | None = None) -> Tensor: ...
 
 
-def choose_runner(
-    config: EngineConfig, base: BaseModel, lora: LoRALayers, max_model_len: int, *, use_graphs: bool
-) -> Runner:
-    """On a GPU a DeviceRunner with its graphs captured; elsewhere, and without Triton, a ModelRunner."""
+def choose_runner(config: EngineConfig, base: BaseModel, lora: LoRALayers, max_model_len: int) -> Runner:
+    """On a GPU a DeviceRunner, its graphs captured unless eager steps are enforced; elsewhere, and without Triton, a
+    ModelRunner."""
     if base.device.type != "cuda":
         return ModelRunner(base, lora)
     if find_spec("triton") is None:
         logger.warning("triton is not installed: attention and LoRA run in plain torch, many times slower")
         return ModelRunner(base, lora)
-    runner = device_runner(config, base, lora, max_model_len, CUDAGraphBackend() if use_graphs else None)
+    graphs = None if config.model.enforce_eager else CUDAGraphBackend()
+    runner = device_runner(config, base, lora, max_model_len, graphs)
     runner.capture()
     return runner
 

@@ -59,13 +59,14 @@ class EngineHarness:
         base = load_base_model(folder, folder.name, ModelConfig(dtype=dtype, device=device))
         each = block_bytes(base.kv_shapes, squeeze.block_size, base.dtype)
         config = EngineConfig(
+            model=ModelConfig(enforce_eager=not use_graphs),
             cache=CacheConfig(block_size=squeeze.block_size, kv_cache_memory=each * (squeeze.num_blocks or 1024)),
             scheduler=SchedulerConfig(
                 max_num_seqs=squeeze.max_num_seqs, max_num_batched_tokens=squeeze.max_num_batched_tokens
             ),
             lora=LoRALimits(lora_memory=squeeze.lora_memory, max_loras=squeeze.max_loras),
         )
-        harness = cls(Engine(config, base, num_token_ids=num_token_ids, look_ahead=look_ahead, use_graphs=use_graphs))
+        harness = cls(Engine(config, base, num_token_ids=num_token_ids, look_ahead=look_ahead))
         harness._record_logits()
         return harness
 

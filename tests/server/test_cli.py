@@ -55,11 +55,12 @@ def test_flags_in_vllms_spelling_reach_the_config() -> None:
     model, options = _options(
         *("org/name", "--dtype", "float32", "--max-num-seqs", "8", "--max-num-batched-tokens", "64"),
         *("--kv-cache-memory", "512MiB", "--lora-memory", "0.5", "--max-lora-rank", "32", "--enable-lora"),
+        *("--enforce-eager",),
         *("--no-enable-prefix-caching", "--served-model-name", "a", "b", "--port", "9000", "--shutdown-timeout", "5"),
         *("--lora-modules", "x=/x", '{"name": "y", "path": "/y", "base_model_name": "z"}'),
     )
     config = options.config(model, _SAMPLES)
-    assert config.engine.model == ModelConfig(model="org/name", dtype="float32")
+    assert config.engine.model == ModelConfig(model="org/name", dtype="float32", enforce_eager=True)
     assert config.engine.scheduler == SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64)
     assert config.engine.cache == CacheConfig(kv_cache_memory=512 * 1024**2, enable_prefix_caching=False)
     assert config.engine.lora == LoRALimits(lora_memory=512 * 1024**2, max_lora_rank=32)

@@ -98,9 +98,9 @@ def test_a_batch_over_the_capacities_is_refused(field: str) -> None:
         fill(views_of(caps), batch, caps)
 
 
-def test_decode_capacities_make_rows_of_neighbours_with_one_adapter() -> None:
+def test_decode_capacities_make_rows_of_a_segment() -> None:
     caps = LoRACaps.decode(70, max_rank=16)
-    batch = build([(1, ((3, 1.0),))] * 70)
+    batch = build([(70, ((3, 1.0),))])
     assert batch is not None and batch.segments
     views = views_of(caps)
     fill(views, batch, caps)

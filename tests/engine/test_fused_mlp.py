@@ -62,6 +62,14 @@ def test_other_activations_and_dtypes_are_left_alone() -> None:
     assert type(others[0]) is GemmaMLP and type(others[1]) is LlamaMLP
 
 
+def test_weights_that_hide_the_activation_do_not_deceive_the_trial() -> None:
+    """Near 0 silu and gelu are both about x / 2."""
+    small = mlp(GemmaMLP, GemmaConfig)
+    for parameter in small.parameters():
+        parameter.mul_(1e-3)
+    assert fuse_mlps(nn.ModuleList([small]), ThreadTeam(1)) == 0
+
+
 def test_another_formula_is_left_alone() -> None:
     class Scaled(LlamaMLP):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

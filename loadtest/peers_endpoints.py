@@ -125,7 +125,8 @@ class Starter:
         server = self.stack.enter_context(running)
         server.hold()
         names = tuple(each.stem for each in adapters)
-        return Endpoint(name, server, Target(server.url, make_body, keep_alive=False), base_model, names, describe(command, port), proves)
+        target = Target(server.url, make_body, keep_alive=False)
+        return Endpoint(name, server, target, base_model, names, describe(command, port), proves)
 
 
 def describe(command: StartCommand, port: int) -> str:

@@ -19,9 +19,7 @@ class ModelConfig:
     max_model_len: int | None = None  # tokens of prompt and output; None = the model's own limit
     skip_probe: bool = False
     enforce_eager: bool = False  # run decode steps on a GPU without CUDA graphs
-    cpu_threads: int | None = (
-        None  # of the forward pass on CPU; None = OMP_NUM_THREADS, else one core less than there are
-    )
+    cpu_threads: int | None = None  # of the forward pass on CPU; None = OMP_NUM_THREADS, else chosen by cpu_model.py
     seed: int = 0  # of dummy weights
 
 

@@ -37,10 +37,16 @@ def suit(
 def _share_out_threads(wanted: int | None, *, own_product: bool) -> ThreadTeam:
     """The team our kernels run on. Two pools of threads would take the cores from each other, so torch is left with one
     thread where our kernels do the products, and our team has one where torch does them."""
+    asked, num_cores = wanted or _asked_of_openmp(), len(os.sched_getaffinity(0))
     if own_product:
         torch.set_num_threads(1)
-        return start_team(wanted or len(os.sched_getaffinity(0)))
+        return start_team(asked or num_cores)
     # OpenMP's threads wait for each other by spinning: one core stays free for connections and tokenisation.
-    if wanted is not None or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(wanted or max(1, len(os.sched_getaffinity(0)) - 1))
+    torch.set_num_threads(asked or max(1, num_cores - 1))
     return start_team(1)
+
+
+def _asked_of_openmp() -> int | None:
+    """The number in OMP_NUM_THREADS, which limits other programs too; None without one."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdigit() and int(first) > 0 else None

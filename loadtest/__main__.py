@@ -9,11 +9,16 @@ from types import ModuleType
 
 import aiohttp
 
-from loadtest import bench_command, peers_command, run_command
+from loadtest import bench_command, kernels, peers_command, run_command
 from loadtest.client import LoadTestFailed
 from loadtest.proof import MixDiffers
 
-_COMMANDS: dict[str, ModuleType] = {"run": run_command, "bench": bench_command, "peers": peers_command}
+_COMMANDS: dict[str, ModuleType] = {
+    "run": run_command,
+    "bench": bench_command,
+    "peers": peers_command,
+    "kernels": kernels,
+}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -105,7 +105,7 @@ class ServeOptions:
     seed: Annotated[int, Parameter(group=_MODEL_FLAGS, help="Of dummy weights.")] = _MODEL.seed
     cpu_threads: Annotated[
         Count | None,
-        Parameter(group=_MODEL_FLAGS, help="Of the forward pass on CPU; OMP_NUM_THREADS or all cores (float32: all but one)."),
+        Parameter(group=_MODEL_FLAGS, help="Of the forward pass on CPU; OMP_NUM_THREADS or all cores."),
     ] = _MODEL.cpu_threads
     served_model_name: Annotated[
         tuple[str, ...],

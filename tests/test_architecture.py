@@ -7,6 +7,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -81,9 +82,34 @@ def test_no_import_stands_inside_a_function() -> None:
 
 
 def test_the_scheduler_needs_no_torch() -> None:
-    """Bookkeeping is integers: these modules import in an interpreter where torch cannot be found."""
+    """Bookkeeping is integers."""
     modules = "server.engine.scheduler, server.engine.block_manager, adapters.registry, adapters.row_range_pool"
-    code = f"import sys; sys.modules['torch'] = None; import {modules}"
+    _run_without(["torch"], f"import {modules}")
+
+
+@pytest.mark.parametrize("absent", [["numba"], ["triton"], ["numba", "triton"]], ids=" ".join)
+def test_the_engine_imports_without_the_compilers_of_other_devices(absent: list[str]) -> None:
+    """A GPU machine need not have numba, nor a CPU machine Triton; without either the reference serves."""
+    modules = ["server.serve", "server.engine.engine", "server.engine.base_model", "loadtest.gpu"]
+    if find_spec("triton") and "triton" not in absent:
+        modules += ["loadtest.gpu.__main__", "adapters.ops.gpu", "server.engine.attention.gpu"]
+    _run_without(absent, f"import {', '.join(modules)}\n{_SELECT}")
+
+
+_SELECT = """
+import torch
+from adapters import ops
+from server.engine.attention import reference, select_backend
+for device, compiler in ("cpu", "numba"), ("cuda", "triton"):
+    if sys.modules.get(compiler, 0) is None:
+        assert ops.select(torch.device(device)) is ops.reference, f"the LoRA operation for {device}"
+        assert select_backend(torch.device(device)) is reference.attend, f"the attention for {device}"
+"""
+
+
+def _run_without(absent: list[str], code: str) -> None:
+    """Run `code` in an interpreter where the packages `absent` cannot be found."""
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent}))\n{code}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

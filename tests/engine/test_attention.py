@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from adapters.ops.thread_team import current_team, start_team
 from server.engine.attention import reference, select_backend
 from server.engine.attention.cpu import CPUAttention
 from server.engine.attention.interface import AttentionMetadata, KVLayer
@@ -150,22 +151,18 @@ def test_packed_projections_arrive_as_strided_views() -> None:
     assert_same(step)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_threads_change_nothing(threads: int) -> None:
+def test_threads_change_nothing() -> None:
     """Heads may be shared out among threads; a head's arithmetic stays on one, so the bits stay the same."""
-    before = torch.get_num_threads()
-    expected_step = make_step([(1, 300), (1, 5), (1, 77)], dtype=torch.bfloat16)
+    step = make_step([(1, 300), (1, 5), (1, 77)], dtype=torch.bfloat16)
     options = {"scale": 0.125, "sliding_window": None, "softcap": None}
-    torch.set_num_threads(1)
+    before = current_team().num_threads
     try:
-        one = CPUAttention()(*_arguments(expected_step), **options)  # type: ignore[arg-type]
-        torch.set_num_threads(threads)
-        backend = CPUAttention()
-        for _ in range(3):
-            assert torch.equal(backend(*_arguments(expected_step), **options), one)  # type: ignore[arg-type]
-        assert torch.get_num_threads() == threads
+        with start_team(3).step():  # too few rows for three threads: heads are shared out
+            shared = CPUAttention()(*_arguments(step), **options)  # type: ignore[arg-type]
+        start_team(1)
+        assert torch.equal(CPUAttention()(*_arguments(step), **options), shared)  # type: ignore[arg-type]
     finally:
-        torch.set_num_threads(before)
+        start_team(before)
 
 
 def _arguments(step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, KVLayer, AttentionMetadata]:

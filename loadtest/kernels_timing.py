@@ -9,7 +9,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,10 @@ class Case:
     rows: int
     per_layer: int = 1  # calls of this shape in one layer of the model
 
+    def emptied(self) -> "Case":
+        """Without the calls, and so without their data."""
+        return replace(self, calls=())
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -77,12 +81,12 @@ class Reading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ceilings:
-    """Per second, by the team's threads: the medians of the rounds in which the operations were timed, and the best
-    product."""
+    """Per second, by the team's threads: medians of the rounds in which the operations were timed, and the bests."""
 
     read_bytes: float
+    best_read_bytes: float
     copy_bytes: float  # read plus written
-    flops: float  # of torch's bfloat16 matrix product
+    flops: float  # of torch's bfloat16 matrix product, the best
 
     def floors(self, case: Case) -> tuple[float, float]:
         """Seconds that one call's bytes and its arithmetic take at least."""
@@ -148,7 +152,12 @@ def time_cases(cases: Sequence[Case], team: ThreadTeam, probe: Probe, rounds: in
             reads.append(probe.read_rate())
             readings.append(_pass(case, team, repeat))
         copies.append(probe.copy_rate())
-    ceilings = Ceilings(read_bytes=statistics.median(reads), copy_bytes=statistics.median(copies), flops=flops)
+    ceilings = Ceilings(
+        read_bytes=statistics.median(reads),
+        best_read_bytes=max(reads),
+        copy_bytes=statistics.median(copies),
+        flops=flops,
+    )
     return [Reading.of(readings) for readings in times], ceilings
 
 

@@ -17,7 +17,7 @@ from loadtest.kernels_timing import Case, Probe, Reading, last_cache_bytes, time
 
 def timed(shape: str, rows: int, over: float, floor: float = 1e-5) -> Timed:
     seconds = Reading(least=0.9 * over * floor, median=over * floor)
-    return Timed(LORA, shape, f"{rows} rows", rows, NUM_LAYERS, seconds, floor, floor / 10)
+    return Timed(LORA, shape, f"{rows} rows", rows, NUM_LAYERS, seconds, floor, floor / 10, 0.9 * floor)
 
 
 def only_one_shape(sizes: Sizes, _team: ThreadTeam) -> Iterator[tuple[str, list[Case]]]:
@@ -116,3 +116,9 @@ def test_the_last_caches_are_counted_once_each(tmp_path: Path) -> None:
 def test_none_is_no_number_to_measure_with(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["kernels", argument, "0"]) == 1
     assert f"{argument} is 0; it must be at least 1" in capsys.readouterr().err
+
+
+def test_the_larger_floor_counts_and_the_least_time_meets_the_best_bandwidth() -> None:
+    slow = timed("any", 8, 2.0)
+    assert slow.over_floor == pytest.approx(2.0) and slow.least_over_floor == pytest.approx(2.0)
+    assert slow._replace(flop_floor=4e-5).over_floor == pytest.approx(0.5)

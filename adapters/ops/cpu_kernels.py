@@ -159,6 +159,22 @@ def tiles_fit(is_bf16: bool, out_features: Sequence[int]) -> bool:
 
 
 @njit(**OPTIONS)
+def _expand_tile(y: Any, shrunk: Any, b_rows: Any) -> None:
+    """y [count, out_features], flat, += shrunk [count, ranks] · b_rows [ranks, out_features], ranks even.
+
+    A function of its own, because numba frees an array after its last use by name, and addresses are no use.
+    """
+    (count, num_ranks), out_features = shrunk.shape, b_rows.shape[1]
+    for first in range(0, count, MAX_ROWS):
+        for column in range(0, out_features, WIDTH):
+            add_product(
+                min(MAX_ROWS, count - first), shrunk[first:].ctypes.data, 2 * num_ranks,
+                b_rows.ctypes.data + 2 * column, 2 * out_features, num_ranks // 2,
+                y[first * out_features + column :].ctypes.data, 2 * out_features,
+            )  # fmt: skip
+
+
+@njit(**OPTIONS)
 def _add_tile(arguments: int, chunk: int) -> None:
     """The deltas of up to TILE tokens of one segment, bfloat16; the shrunk rows are rounded in between.
 
@@ -184,21 +200,15 @@ def _add_tile(arguments: int, chunk: int) -> None:
             _shrink(x[begin_x : begin_x + in_features], a_pools[module, start : start + rank], row[:rank])
             for r in range(padded):
                 shrunk[t, r] = narrow(row[r] * weight, shrunk)
-        out_features, width = fields[at + OUT_FEATURES], np.int64(2 * WIDTH)
-        y = fields[at + Y] + 2 * begin * out_features
-        b_rows = fields[at + B_POOL] + 2 * start * out_features
-        if padded > rank:  # the row after an odd rank is another adapter's, or nobody's: 0 times that may be NaN
-            pool = carray(pointer(fields[at + B_POOL]), (num_rows, out_features), np.uint16)
-            even = np.zeros((padded, out_features), np.uint16)
-            even[:rank] = pool[start : start + rank]
-            b_rows = np.int64(even.ctypes.data)
-        for first in range(0, count, MAX_ROWS):
-            for column in range(out_features // WIDTH):
-                add_product(
-                    min(MAX_ROWS, count - first), shrunk[first:].ctypes.data, 2 * padded,
-                    b_rows + column * width, 2 * out_features, padded // 2,
-                    y + 2 * first * out_features + column * width, 2 * out_features,
-                )  # fmt: skip
+        out_features = fields[at + OUT_FEATURES]
+        pool = carray(pointer(fields[at + B_POOL]), (num_rows, out_features), np.uint16)
+        y = carray(pointer(fields[at + Y]), _MANY, np.uint16)[begin * out_features :]
+        if padded == rank:
+            _expand_tile(y, shrunk, pool[start : start + rank])
+        else:  # the row after an odd rank is another adapter's, or nobody's: 0 times that may be NaN
+            b_rows = np.zeros((padded, out_features), np.uint16)
+            b_rows[:rank] = pool[start : start + rank]
+            _expand_tile(y, shrunk, b_rows)
 
 
 @chunk_kernel(**OPTIONS)

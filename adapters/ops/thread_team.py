@@ -11,6 +11,7 @@ on any thread. The caller claims chunks too, and returns when all are done.
 """
 
 import atexit
+import os
 import platform
 import sys
 import threading
@@ -217,6 +218,11 @@ class ThreadTeam:
             thread.start()
             self._helpers.append(thread)
         atexit.register(self.close)
+        os.register_at_fork(after_in_child=self._forget_helpers)
+
+    def _forget_helpers(self) -> None:
+        """Threads do not come along into a forked process."""
+        self._helpers, self._owner, self._stepping = [], None, threading.Lock()
 
     def run(self, function: Kernel, arguments: int, num_chunks: int) -> None:
         """Call `function(arguments, chunk)` for every chunk in [0, num_chunks); helpers join in inside `step`."""

@@ -5,8 +5,8 @@ of requests and adapters.
 """
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from transformers import PreTrainedModel
@@ -17,6 +17,7 @@ from server.engine.fused_mlp import fuse_mlps
 from server.engine.fused_norm import fuse_norms
 from server.engine.fused_rotary import fuse_rotary
 from server.engine.packed_linear import pack_linears
+from server.engine.panel_linear import PanelLinear
 
 
 def suit(
@@ -31,7 +32,18 @@ def suit(
     fuse_norms(model)
     fuse_rotary(model)
     fuse_mlps(model, team)
-    return team.step
+    products = {id(module.product): module.product for module in model.modules() if isinstance(module, PanelLinear)}
+
+    @contextmanager
+    def step() -> Iterator[None]:
+        try:
+            with team.step():
+                yield
+        finally:
+            for product in products.values():  # a tensor object may come again with other numbers
+                product.forget()
+
+    return step
 
 
 def _share_out_threads(wanted: int | None, *, own_product: bool) -> ThreadTeam:

@@ -22,11 +22,11 @@ _TOLERANCE = 2e-2  # of the largest output, bfloat16
 class PanelLinear(nn.Linear):
     """A linear whose weight lies in panels: y = x · Wᵀ + b. Reading the weight by itself fails loudly."""
 
-    _product: SharedResult
+    product: SharedResult
     _index: int
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._product.take(self._index, x)
+        return self.product.take(self._index, x)
 
 
 class _Product:
@@ -82,7 +82,7 @@ def pack_group(linears: Sequence[nn.Linear], team: ThreadTeam, *, keep_weights: 
         return False
     shared = SharedResult(product)
     for index, (linear, weight, keep) in enumerate(zip(linears, product.weights, keep_weights, strict=True)):
-        linear.__dict__["_product"], linear.__dict__["_index"] = shared, index
+        linear.__dict__["product"], linear.__dict__["_index"] = shared, index
         if not keep:
             linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.__class__ = PanelLinear

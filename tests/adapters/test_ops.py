@@ -1,5 +1,8 @@
 """The LoRA operation against float64 loops over ranks, dtypes, adapter popularity, composition and segments."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -278,3 +281,33 @@ def test_cpu_refuses_what_it_cannot_read() -> None:
 def test_select_takes_the_kernels_on_cpu_and_the_reference_elsewhere() -> None:
     assert ops.select(torch.device("cpu")) is cpu
     assert ops.select(torch.device("meta")) is reference
+
+
+ODD_RANK_PROGRAM = """
+import sys, torch
+from adapters.lora_batch import LoRABatch
+from adapters.ops import cpu, reference
+from adapters.ops.interface import LoRAPools
+torch.manual_seed(0)
+for rank, width in ((1, 64), (3, 576), (129, 1536)):
+    a, b = torch.full((1, rank + 1, 64), torch.nan), torch.full((rank + 1, width), torch.nan)
+    a[0, :rank], b[:rank] = torch.randn(rank, 64) * 0.1, torch.randn(rank, width) * 0.1
+    ranks = torch.zeros(1, rank + 1, dtype=torch.int32)
+    ranks[0, 0] = rank
+    pools = LoRAPools(a.bfloat16(), (b.bfloat16(),), ranks)
+    x, batch = torch.randn(40, 64).bfloat16(), LoRABatch.build([40], [((0, 1.0),)], min_segment=2)
+    got, want = torch.zeros(40, width).bfloat16(), torch.zeros(40, width).bfloat16()
+    cpu.bind(pools).add([got], x, batch)
+    reference.bind(pools).add([want], x, batch)
+    assert float((got - want).abs().max()) <= 0.03 * float(want.abs().max()), (rank, width)
+print("equal")
+"""
+
+
+@pytest.mark.parametrize("setting", ["MALLOC_MMAP_THRESHOLD_=65536", "GLIBC_TUNABLES=glibc.malloc.perturb=165"])
+def test_an_odd_rank_reads_neither_the_next_row_nor_freed_memory(setting: str) -> None:
+    """In a process whose freed memory is unmapped or overwritten at once."""
+    name, _, value = setting.partition("=")
+    environment = {**os.environ, name: value}
+    ran = subprocess.run([sys.executable, "-c", ODD_RANK_PROGRAM], env=environment, capture_output=True, text=True)
+    assert ran.stdout.strip() == "equal", (ran.returncode, ran.stderr[-2000:])

@@ -93,6 +93,7 @@ def test_the_engine_imports_without_the_compilers_of_other_devices(absent: list[
     modules = ["server.serve", "server.engine.engine", "server.engine.base_model", "loadtest.gpu"]
     if find_spec("triton") and "triton" not in absent:
         modules += ["loadtest.gpu.__main__", "adapters.ops.gpu", "server.engine.attention.gpu"]
+        modules += ["tests.gpu.test_engine_on_gpu", "tests.adapters.test_gpu_lora", "tests.engine.test_gpu_attention"]
     _run_without(absent, f"import {', '.join(modules)}\n{_SELECT}")
 
 

@@ -12,7 +12,7 @@ from server.engine import probe
 from server.engine.attention import reference, select_backend
 from server.engine.attention.interface import attention
 from server.engine.base_model import ModelRefused, load_base_model
-from tests.engine.test_attention import TOLERANCE, make_step
+from tests.engine.attention_step import TOLERANCE, make_step
 from tests.equivalence.architectures import VOCAB
 
 ROWS = [(1, 0), (1, 40), (7, 0), (5, 30)]

@@ -14,7 +14,7 @@ from server.engine.attention import gpu_batch, reference, select_backend  # noqa
 from server.engine.attention.gpu import GPUAttention  # noqa: E402
 from server.engine.attention.gpu_batch import TILE_QUERIES, AttentionCaps, GPUAttentionBatch  # noqa: E402
 from server.engine.attention.interface import AttentionMetadata, KVLayer  # noqa: E402
-from tests.engine.test_attention import TOLERANCE, Step, make_step  # noqa: E402
+from tests.engine.attention_step import TOLERANCE, Step, make_step  # noqa: E402
 
 MIN_SPLIT, MAX_SPLITS = 16, 4
 """Small, so that contexts of a few dozen tokens have several splits, and one of 130 longer ones."""

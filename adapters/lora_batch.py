@@ -80,11 +80,18 @@ class LoRABatch:
         return Tiles(where, np.array([piece[3] for piece in pieces], dtype=np.float32))
 
     @classmethod
-    def build(cls, token_counts: Sequence[int], ranges: Sequence[RowRanges], *, min_segment: int) -> "LoRABatch | None":
+    def build(
+        cls,
+        token_counts: Sequence[int],
+        ranges: Sequence[RowRanges],
+        *,
+        min_segment: int = 1,
+        is_prompt: Sequence[bool] | None = None,
+    ) -> "LoRABatch | None":
         """Pack the step's requests, in batch order: request i has token_counts[i] tokens using ranges[i].
 
-        A request of one adapter with at least `min_segment` tokens is a segment. None when no token uses an adapter,
-        so that a base-only step runs no LoRA code.
+        A request of one adapter with at least `min_segment` tokens is a segment, unless `is_prompt` says it is none.
+        None when no token uses an adapter, so that a base-only step runs no LoRA code.
         """
         if min_segment < 1:
             raise ValueError(f"min_segment is {min_segment}; a segment has at least one token")
@@ -102,7 +109,7 @@ class LoRABatch:
         first = np.cumsum(entries) - entries  # [num_requests]
         source = np.arange(indptr[-1]) + np.repeat(np.repeat(first, counts) - indptr[:-1], token_entries)  # [nnz]
         flat = [entry for request in ranges for entry in request]
-        segments = _segments(token_counts, ranges, min_segment)
+        segments = _segments(token_counts, ranges, min_segment, is_prompt or [True] * len(ranges))
         in_rows = token_entries > 0  # [num_tokens]
         for segment in segments:
             in_rows[segment.begin : segment.end] = False
@@ -115,16 +122,18 @@ class LoRABatch:
         )
 
 
-def _segments(token_counts: Sequence[int], ranges: Sequence[RowRanges], min_segment: int) -> tuple[Segment, ...]:
-    """The requests of one adapter with at least `min_segment` tokens.
+def _segments(
+    token_counts: Sequence[int], ranges: Sequence[RowRanges], min_segment: int, is_prompt: Sequence[bool]
+) -> tuple[Segment, ...]:
+    """The requests of one adapter with at least `min_segment` tokens of prompt.
 
     Neighbours with the same adapter stay apart: which kernel serves a token, and how it rounds, is then a matter of its
     own request alone.
     """
     found: list[Segment] = []
     begin = 0
-    for count, request in zip(token_counts, ranges, strict=True):
-        if len(request) == 1 and count >= min_segment:
+    for count, request, may_be in zip(token_counts, ranges, is_prompt, strict=True):
+        if may_be and len(request) == 1 and count >= min_segment:
             found.append(Segment(begin, begin + count, *request[0]))
         begin += count
     return tuple(found)

@@ -22,7 +22,6 @@ from adapters.ops.thread_team import ThreadTeam
 from loadtest.kernels_timing import Case
 from server.engine.attention.cpu import CPUAttention
 from server.engine.attention.interface import AttentionMetadata, KVLayer
-from server.engine.forward_batch import MIN_LORA_SEGMENT
 from server.engine.fused_norm import fuse_norms
 from server.engine.fused_rotary import fuse_rotary
 from server.engine.packed_linear import pack_linears
@@ -137,7 +136,7 @@ def lora_pools(group: Group, num_adapters: int) -> LoRAPools:
 def lora_batch(tokens: int, adapters: int, first: int) -> LoRABatch:
     """A request for each adapter from `first` on, of equally many tokens, built as the engine builds it."""
     ranges = [(((first + number) * RANK, 1.0),) for number in range(adapters)]
-    batch = LoRABatch.build([tokens // adapters] * adapters, ranges, min_segment=MIN_LORA_SEGMENT)
+    batch = LoRABatch.build([tokens // adapters] * adapters, ranges, is_prompt=[tokens > adapters] * adapters)
     assert batch is not None
     return batch
 

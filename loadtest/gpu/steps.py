@@ -124,16 +124,18 @@ def requests_of(num_rows: int, context: int, num_new: int, uses: Sequence[Adapte
     """Rows with `context` tokens behind them and `num_new` to compute; the adapters are dealt out in equal runs."""
     generator = torch.Generator().manual_seed(num_rows)
     blocks = -(-(context + num_new) // BLOCK_SIZE)
+    num_prompt_tokens = context if num_new == 1 else context + num_new  # a single new token is one to decode
     found = []
     for row in range(num_rows):
         request = Request(
             request_id=str(row),
-            prompt_token_ids=tuple(torch.randint(100, (context + num_new,), generator=generator).tolist()),
+            prompt_token_ids=tuple(torch.randint(100, (num_prompt_tokens,), generator=generator).tolist()),
             sampling_params=SamplingParams(temperature=0.0),
             adapters=(uses[row * len(uses) // num_rows],) if uses else (),
             num_computed_tokens=context,
             block_table=list(range(row * blocks, (row + 1) * blocks)),
         )
+        request.output_token_ids.extend([100] * (context + num_new - num_prompt_tokens))
         found.append(ScheduledRow(request, num_new))
     return found
 

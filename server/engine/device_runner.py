@@ -14,7 +14,7 @@ from server.engine.attention.interface import AttentionMetadata
 from server.engine.base_model import BaseModel
 from server.engine.cuda_graphs import Bucket, DecodeGraphs, Graph, GraphBackend, bucket_sizes
 from server.engine.device_step import DeviceStep, StagedPart, StagedStep, StepCaps
-from server.engine.forward_batch import MIN_LORA_SEGMENT, ForwardBatch
+from server.engine.forward_batch import ForwardBatch
 from server.engine.model_runner import carry
 
 
@@ -103,7 +103,7 @@ class DeviceRunner:
 
 def _prompt(*, has_lora: bool) -> ForwardBatch:
     """One row long enough for every kernel of a prompt, which writes no K and V: its slots are none."""
-    num_tokens = 2 * MIN_LORA_SEGMENT
+    num_tokens = 32  # as good as any: tiles are compiled for all numbers of tokens
     positions = np.arange(num_tokens)
     ranges: RowRanges = ((0, 1.0),) if has_lora else ()
     return ForwardBatch(
@@ -119,7 +119,7 @@ def _prompt(*, has_lora: bool) -> ForwardBatch:
             slot_mapping=np.full(num_tokens, -1, np.int64),
             num_decode_rows=0,
         ),
-        lora=LoRABatch.build([num_tokens], [ranges], min_segment=MIN_LORA_SEGMENT),
+        lora=LoRABatch.build([num_tokens], [ranges]),
     )
 
 

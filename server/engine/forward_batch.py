@@ -18,9 +18,6 @@ from server.engine.scheduler_output import PENDING_TOKEN_ID, ScheduledRow
 
 IntArray = npt.NDArray[np.int64]
 
-MIN_LORA_SEGMENT = 16
-"""Requests with at least this many new tokens go through matrix products, shorter ones through the row kernel."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptLogprobRows:
@@ -58,9 +55,13 @@ def build_forward_batch(
     row_ranges: Callable[[tuple[AdapterUse, ...]], RowRanges],
     pending: Mapping[str, int] | None = None,
 ) -> ForwardBatch:
-    """Pack `rows`, in their order; `row_ranges` says where a request's adapters stand in the pools this step.
+    """Pack `rows`, the decode rows first; `row_ranges` says where a request's adapters stand in the pools this step.
+
+    What belongs to a prompt goes through the kernels for prompts, even a single token left by a prefix hit: kernels
+    differ in the last bit, and a request's tokens must not depend on what happened to be cached.
 
     `pending`: of requests whose last token is PENDING_TOKEN_ID, which row of the step under way samples it."""
+    rows = sorted(rows, key=_is_prompt)
     counts = np.array([row.num_new_tokens for row in rows], np.int32)
     starts = np.array([row.request.num_computed_tokens for row in rows], np.int32)
     query_starts = np.zeros(len(rows) + 1, np.int32)
@@ -85,10 +86,10 @@ def build_forward_batch(
             context_lens=starts + counts,
             block_tables=tables,
             slot_mapping=blocks * block_size + positions % block_size,
-            num_decode_rows=_num_leading_ones(counts),
+            num_decode_rows=sum(not _is_prompt(row) for row in rows),
         ),
         lora=LoRABatch.build(
-            counts.tolist(), [row_ranges(row.request.adapters) for row in rows], min_segment=MIN_LORA_SEGMENT
+            counts.tolist(), [row_ranges(row.request.adapters) for row in rows], is_prompt=list(map(_is_prompt, rows))
         ),
         carried=carried,
     )
@@ -119,9 +120,9 @@ def _pad_tables(tables: Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:
     return padded
 
 
-def _num_leading_ones(counts: npt.NDArray[np.int32]) -> int:
-    longer = np.flatnonzero(counts != 1)
-    return int(longer[0]) if len(longer) else len(counts)
+def _is_prompt(row: ScheduledRow) -> bool:
+    """Whether a row has tokens of its prompt, or several at once as after a preemption; else it is a decode row."""
+    return row.num_new_tokens > 1 or row.request.num_computed_tokens < row.request.num_prompt_tokens
 
 
 def _logits_rows(

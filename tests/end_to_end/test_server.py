@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapters.module_names import linears_of
+from adapters.ops import bf16_dot
 from adapters.samples.registry import TASKS
 from tests.adapters import hostile
 from tests.end_to_end.conftest import RunningServer, start_server
@@ -88,8 +89,11 @@ async def test_a_mixed_batch_streams_what_each_gives_alone(server: RunningServer
         streamed = await asyncio.gather(*[stream(*case) for case in cases])
     of = dict(zip(cases, alone, strict=True))
     differing = {case: text for case, text in zip(cases, streamed, strict=True) if text != of[case]}
-    # bfloat16 logits of other batch shapes differ in the last bit, which may break a tie of two tokens otherwise;
-    # such an answer still begins as it did alone, and is nobody else's.
+    if bf16_dot.is_supported():
+        # Every kernel gives a row the same bits in any company, cached or not.
+        assert not differing
+    # Elsewhere bfloat16 logits of other batch shapes may differ in the last bit, which may break a tie of two tokens
+    # otherwise; such an answer still begins as it did alone, and is nobody else's.
     assert len(differing) <= 2, differing
     for (model, prompt), text in differing.items():
         assert text[:2] == of[model, prompt][:2], (model, text, of[model, prompt])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engine.forward_batch import MIN_LORA_SEGMENT, build_forward_batch
+from server.engine.forward_batch import build_forward_batch
 from server.engine.request import Request, SamplingParams
 from server.engine.scheduler_output import ScheduledRow
 from tests.equivalence import oracle
@@ -28,11 +28,13 @@ def test_base_rows_are_bit_equal(architecture: str, dtype: str, tmp_path: Path) 
     generator = torch.Generator().manual_seed(3)
     requests = []
     for i in range(5):
-        ids = torch.randint(3, VOCAB, (120,), generator=generator).tolist()
+        # The first three decode in the second step; the others are prompts throughout.
+        ids = torch.randint(3, VOCAB, (1 if i < 3 else 120,), generator=generator).tolist()
         uses = (harness.use(version),) if i % 2 else ()
         request = Request(
             request_id=str(i), prompt_token_ids=tuple(ids), sampling_params=SamplingParams(), adapters=uses
         )
+        request.output_token_ids.extend([5, 6] if i < 3 else [])
         request.block_table = list(range(30 * i, 30 * i + 30))
         assert engine.adapters.pin(uses)
         requests.append(request)
@@ -43,7 +45,7 @@ def test_base_rows_are_bit_equal(architecture: str, dtype: str, tmp_path: Path) 
         batch = build_forward_batch(rows, engine.blocks.block_size, engine.adapters.row_ranges)
         batch = replace(batch, logits_indices=batch.attention.query_starts[1:].astype("int64") - 1)
         assert batch.lora is not None
-        assert bool(batch.lora.segments) == (max(counts) >= MIN_LORA_SEGMENT)
+        assert batch.lora.segments and batch.attention.num_decode_rows == (0 if counts is STEPS[0] else 3)
         mixed = engine.runner.execute(batch)
         alone = engine.runner.execute(replace(batch, lora=None))
         for i in range(5):

@@ -1,19 +1,17 @@
 """bfloat16 inside numba: its bits as uint16, widened and narrowed by intrinsics, so that one kernel serves both dtypes.
 
-numba and numpy know no bfloat16. A bf16 tensor is handed over as its uint16 bits without a copy (`as_numpy`), `widen`
-turns a stored element into float32 and `narrow` turns a float32 back into the element type of an array. Both are
-resolved when numba compiles, so `widen(x[i])` is a plain load for a float32 array. Knows nothing of LoRA.
+numba and numpy know no bfloat16. A bf16 tensor is read at its address (`pointer`) as uint16 bits; `widen` turns a
+stored element into float32 and `narrow` turns a float32 back into the element type of an array. Both are resolved when
+numba compiles, so `widen(x[i])` is a plain load for a float32 array. Knows nothing of LoRA.
 """
 
 from typing import Any
 
 import numba.extending
 import numpy as np
-import numpy.typing as npt
 import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
-from torch import Tensor
 
 _intrinsic: Any = numba.extending.intrinsic  # its annotation describes the typing function, not the kernel's view
 _I32 = ir.IntType(32)
@@ -24,12 +22,6 @@ STORAGE: dict[torch.dtype, np.dtype[Any]] = {
     torch.float32: np.dtype(np.float32),
 }
 """The dtypes the kernels serve, and how numpy sees their elements."""
-
-
-def as_numpy(tensor: Tensor) -> npt.NDArray[Any]:
-    """The same memory as a numpy array: uint16 bits for bfloat16, float32 as it is. CPU tensors only."""
-    tensor = tensor.detach()
-    return (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
 
 
 @_intrinsic

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +83,3 @@ def measure_ceilings(device: Device, *, tiny: bool) -> Ceilings:
     a, b = (torch.randn(n, n, device=device.device).to(torch.bfloat16) for _ in range(2))
     product = device.interleaved({"product": lambda: a @ b})["product"]
     return Ceilings(bytes_per_second=2 * 2 * num_values / copy, flops_per_second=2 * n**3 / product)
-
-
-def poisoned(*shape: int, like: Tensor) -> Tensor:
-    """A tensor full of NaN: what is not written shows."""
-    return torch.full(shape, torch.nan, dtype=like.dtype, device=like.device)

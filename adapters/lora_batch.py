@@ -59,16 +59,6 @@ class LoRABatch:
         return len(self.indptr) - 1
 
     @cached_property
-    def addresses(self) -> tuple[int, int, int, int]:
-        """Where rows, indptr, starts and weights lie, for a kernel. numpy takes its time to tell: asked once."""
-        return (
-            self.rows.ctypes.data,
-            self.indptr.ctypes.data,
-            self.starts.ctypes.data,
-            self.weights.ctypes.data,
-        )
-
-    @cached_property
     def tiles(self) -> Tiles:
         """The segments in pieces of at most TILE tokens."""
         pieces = [

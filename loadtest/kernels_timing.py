@@ -18,7 +18,7 @@ import torch
 from numba.np.numpy_support import carray
 
 from adapters.ops.bf16 import pointer
-from adapters.ops.thread_team import ThreadTeam, chunk_kernel
+from adapters.ops.thread_team import KernelArguments, ThreadTeam, chunk_kernel
 
 _CHUNK = 1 << 18  # bytes that a thread reads or copies at once
 _WORDS = _CHUNK // 8
@@ -104,8 +104,8 @@ class Probe:
         self._target[:] = 1
         self._sums = np.zeros(self._num_chunks, np.int64)
         source = self._source.ctypes.data
-        self._read_fields = np.array([source, self._sums.ctypes.data], np.int64)
-        self._copy_fields = np.array([source, self._target.ctypes.data], np.int64)
+        self._read_fields = KernelArguments(np.array([source, self._sums.ctypes.data], np.int64))
+        self._copy_fields = KernelArguments(np.array([source, self._target.ctypes.data], np.int64))
         self._a, self._b = (torch.randn(product_size, product_size).bfloat16() for _ in range(2))  # [n, n] each
 
     def read_rate(self) -> float:
@@ -133,10 +133,10 @@ class Probe:
         finally:
             torch.set_num_threads(before)
 
-    def _seconds(self, kernel: int, fields: np.ndarray[Any, Any]) -> float:
+    def _seconds(self, kernel: int, arguments: KernelArguments) -> float:
         with self._team.step():
             began = time.perf_counter()
-            self._team.run(kernel, fields.ctypes.data, self._num_chunks)
+            self._team.run(kernel, arguments, self._num_chunks)
             return time.perf_counter() - began
 
 

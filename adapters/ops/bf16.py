@@ -8,20 +8,12 @@ numba compiles, so `widen(x[i])` is a plain load for a float32 array. Knows noth
 from typing import Any
 
 import numba.extending
-import numpy as np
-import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 
 _intrinsic: Any = numba.extending.intrinsic  # its annotation describes the typing function, not the kernel's view
 _I32 = ir.IntType(32)
 _SIXTEEN = ir.Constant(_I32, 16)
-
-STORAGE: dict[torch.dtype, np.dtype[Any]] = {
-    torch.bfloat16: np.dtype(np.uint16),
-    torch.float32: np.dtype(np.float32),
-}
-"""The dtypes the kernels serve, and how numpy sees their elements."""
 
 
 @_intrinsic

@@ -21,19 +21,24 @@ from adapters.ops.thread_team import chunk_kernel
 (
     X,  # address of [num_tokens, in_features], rows X_STRIDE elements apart; it, y and the pools have one dtype
     X_STRIDE,
-    ROWS,  # int32 [num_chunks] the tokens served, one per chunk
-    INDPTR,  # int32 [num_tokens + 1]
-    STARTS,  # int32 [nnz]
-    WEIGHTS,  # float32 [nnz]
-    TILES,  # int64 [num_tiles, TILE_FIELDS]: first token, number of tokens, first pool row
-    TILE_WEIGHTS,  # float32 [num_tiles]
+    STEP,  # int64 [NUM_STEP_FIELDS], what differs from step to step
     A_POOL,  # [num_modules, num_rows, in_features]
     RANKS,  # int32 [num_modules, num_rows]
     NUM_MODULES,
     NUM_ROWS,
     IN_FEATURES,
     MODULES,  # here the fields of each module begin
-) = range(14)
+) = range(9)
+(
+    ROWS,  # address of int32 [num_served] the tokens served by the row kernel, one per chunk
+    INDPTR,  # int32 [num_tokens + 1]
+    STARTS,  # int32 [nnz]
+    WEIGHTS,  # float32 [nnz]
+    NUM_SERVED,
+    TILES,  # int64 [num_tiles, TILE_FIELDS]: first token, number of tokens, first pool row
+    TILE_WEIGHTS,  # float32 [num_tiles]
+    NUM_STEP_FIELDS,
+) = range(8)
 B_POOL, Y, OUT_FEATURES, MODULE = range(4)  # [num_rows, out_features] and [num_tokens, out_features]
 TILE_FIELDS = 3
 _MANY = 2**40  # elements of an array whose length nobody asks for
@@ -128,11 +133,14 @@ def _fetch(pool: Any, ranks: Any, starts: Any) -> None:
 def _add_token(arguments: int, chunk: int, kind: Any) -> None:
     """The deltas of one token; a module that none of its adapters targets keeps its bits."""
     fields = carray(pointer(arguments), _MANY, np.int64)
-    token = np.int64(carray(pointer(fields[ROWS]), _MANY, np.int32)[chunk])
-    indptr = carray(pointer(fields[INDPTR]), _MANY, np.int32)
+    step = carray(pointer(fields[STEP]), NUM_STEP_FIELDS, np.int64)
+    if chunk >= step[NUM_SERVED]:  # a recorded call has a chunk for every row there may be
+        return
+    token = np.int64(carray(pointer(step[ROWS]), _MANY, np.int32)[chunk])
+    indptr = carray(pointer(step[INDPTR]), _MANY, np.int32)
     begin, end = indptr[token], indptr[token + 1]
-    starts = carray(pointer(fields[STARTS]), _MANY, np.int32)[begin:end]
-    weights = carray(pointer(fields[WEIGHTS]), _MANY, np.float32)[begin:end]
+    starts = carray(pointer(step[STARTS]), _MANY, np.int32)[begin:end]
+    weights = carray(pointer(step[WEIGHTS]), _MANY, np.float32)[begin:end]
     in_features, num_rows, num_modules = fields[IN_FEATURES], fields[NUM_ROWS], fields[NUM_MODULES]
     begin_x = token * fields[X_STRIDE]
     x_row = carray(pointer(fields[X]), _MANY, kind)[begin_x : begin_x + in_features]
@@ -181,9 +189,10 @@ def _add_tile(arguments: int, chunk: int) -> None:
     Only where `tiles_fit`.
     """
     fields = carray(pointer(arguments), _MANY, np.int64)
-    tile = carray(pointer(fields[TILES]), _MANY, np.int64)[chunk * TILE_FIELDS : (chunk + 1) * TILE_FIELDS]
+    step = carray(pointer(fields[STEP]), NUM_STEP_FIELDS, np.int64)
+    tile = carray(pointer(step[TILES]), _MANY, np.int64)[chunk * TILE_FIELDS : (chunk + 1) * TILE_FIELDS]
     begin, count, start = tile[0], tile[1], tile[2]
-    weight = carray(pointer(fields[TILE_WEIGHTS]), _MANY, np.float32)[chunk]
+    weight = carray(pointer(step[TILE_WEIGHTS]), _MANY, np.float32)[chunk]
     in_features, num_rows, num_modules = fields[IN_FEATURES], fields[NUM_ROWS], fields[NUM_MODULES]
     x = carray(pointer(fields[X]), _MANY, np.uint16)
     a_pools = carray(pointer(fields[A_POOL]), (num_modules, num_rows, in_features), np.uint16)

@@ -12,23 +12,20 @@ on any thread. The caller claims chunks too, and returns when all are done.
 
 import atexit
 import os
-import platform
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numba
-import numba.extending
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
+import numpy.typing as npt
 from numba import types
 
+from adapters.ops.atomics import call, fetch_add, load, pause, store
 from adapters.ops.numba_kernels import entry_point, kernel
-
-_intrinsic: Any = numba.extending.intrinsic
-_I32, _I64 = ir.IntType(32), ir.IntType(64)
 
 # Fields of the shared state, each on a cache line of its own. CLAIM holds (number of chunks << 32 | next chunk): one
 # atomic addition gives a thread a chunk of the very call the other half of the word describes.
@@ -36,6 +33,7 @@ _LINE = 16  # int64: two cache lines, since processors fetch them in pairs
 _CLAIM, _DONE, _CALL, _IS_OPEN, _IS_CLOSED, _SEMAPHORE = (i * _LINE for i in range(6))
 _NEXT_CHUNK = 0xFFFFFFFF
 _SPINS_BEFORE_YIELD = 64  # about a microsecond
+_CALL_FIELDS = 3
 
 _sem_init: Any = types.ExternalFunction("sem_init", types.int32(types.int64, types.int32, types.uint32))
 _sem_wait: Any = types.ExternalFunction("sem_wait", types.int32(types.int64))
@@ -59,53 +57,39 @@ def chunk_kernel(**options: Any) -> Callable[[Callable[..., None]], Any]:
     return compile_now
 
 
-@_intrinsic
-def _load(_typing: Any, address: Any) -> Any:
-    return types.int64(types.int64), lambda _c, builder, _s, args: builder.load_atomic(
-        builder.inttoptr(args[0], _I64.as_pointer()), "acquire", 8
-    )
+class KernelArguments:
+    """The int64 fields that a kernel reads, at an address that stays."""
+
+    __slots__ = ("address", "fields")
+
+    def __init__(self, fields: npt.NDArray[np.int64]) -> None:
+        self.fields = fields
+        self.address: int = fields.ctypes.data
 
 
-@_intrinsic
-def _store(_typing: Any, address: Any, value: Any) -> Any:
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        builder.store_atomic(args[1], builder.inttoptr(args[0], _I64.as_pointer()), "release", 8)
-        return context.get_dummy_value()
+class KernelProgram:
+    """Kernel calls in order, each with the arguments it had when it was added."""
 
-    return types.void(types.int64, types.int64), generate
+    def __init__(self) -> None:
+        self._arguments: list[KernelArguments] = []
+        self._calls: list[tuple[Kernel, int, int]] = []
 
+    def __len__(self) -> int:
+        return len(self._calls)
 
-@_intrinsic
-def _fetch_add(_typing: Any, address: Any, value: Any) -> Any:
-    """The value at `address` before `value` was added, in one indivisible step."""
-    return types.int64(types.int64, types.int64), lambda _c, builder, _s, args: builder.atomic_rmw(
-        "add", builder.inttoptr(args[0], _I64.as_pointer()), args[1], "acq_rel"
-    )
+    def add(self, function: Kernel, arguments: KernelArguments, num_chunks: int) -> None:
+        copy = KernelArguments(arguments.fields.copy())
+        self._arguments.append(copy)
+        self._calls.append((function, copy.address, num_chunks))
 
+    @cached_property
+    def table(self) -> npt.NDArray[np.int64]:
+        """[num_calls, 3] as `_run_all` reads it; nothing is added after it was asked for."""
+        return np.array(self._calls, np.int64).reshape(-1, _CALL_FIELDS)
 
-@_intrinsic
-def _call(_typing: Any, function: Any, arguments: Any, chunk: Any) -> Any:
-    """Call the C function at address `function`."""
-
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [_I64, _I64])
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1], args[2]])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), generate
-
-
-@_intrinsic
-def _pause(_typing: Any) -> Any:
-    """Tell the processor that this is a waiting loop."""
-
-    def generate(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
-        if platform.machine() in ("x86_64", "AMD64"):
-            nothing = ir.FunctionType(ir.VoidType(), [])
-            builder.call(builder.module.declare_intrinsic("llvm.x86.sse2.pause", (), nothing), [])
-        return context.get_dummy_value()
-
-    return types.void(), generate
+    @cached_property
+    def address(self) -> int:
+        return self.table.ctypes.data
 
 
 @numba.njit(nogil=True)
@@ -113,39 +97,44 @@ def _work(state):  # type: ignore[no-untyped-def]
     """Claim and run chunks of the call under way until none is left; whether there was one."""
     worked = False
     while True:
-        seen = _load(state + 8 * _CLAIM)
+        seen = load(state + 8 * _CLAIM)
         if (seen & _NEXT_CHUNK) >= (seen >> 32):
             return worked
-        claim = _fetch_add(state + 8 * _CLAIM, 1)
+        claim = fetch_add(state + 8 * _CLAIM, 1)
         chunk = claim & _NEXT_CHUNK
         if chunk >= (claim >> 32):
             return worked
         # The call cannot end before this chunk is done, so its kernel and arguments stand from here on.
-        _call(_load(state + 8 * _CALL), _load(state + 8 * _CALL + 8), chunk)
-        _fetch_add(state + 8 * _DONE, 1)
+        call(load(state + 8 * _CALL), load(state + 8 * _CALL + 8), chunk)
+        fetch_add(state + 8 * _DONE, 1)
         worked = True
 
 
 @kernel()
 def _run(state, function, arguments, num_chunks):  # type: ignore[no-untyped-def]
-    """Run all chunks of a call with whoever is awake."""
-    _store(state + 8 * _DONE, 0)
-    _store(state + 8 * _CALL, function)
-    _store(state + 8 * _CALL + 8, arguments)
-    _store(state + 8 * _CLAIM, num_chunks << 32)
+    """Run all chunks of a call with whoever is awake; alone without a `state`."""
+    if state == 0 or num_chunks == 1:
+        for chunk in range(num_chunks):
+            call(function, arguments, chunk)
+        return
+    store(state + 8 * _DONE, 0)
+    store(state + 8 * _CALL, function)
+    store(state + 8 * _CALL + 8, arguments)
+    store(state + 8 * _CLAIM, num_chunks << 32)
     _work(state)
     spins = 0
-    while _load(state + 8 * _DONE) < num_chunks:
+    while load(state + 8 * _DONE) < num_chunks:
         spins += 1
-        _pause()
+        pause()
         if spins % _SPINS_BEFORE_YIELD == 0:
             _sched_yield()
 
 
 @kernel()
-def _run_alone(function, arguments, num_chunks):  # type: ignore[no-untyped-def]
-    for chunk in range(num_chunks):
-        _call(function, arguments, chunk)
+def _run_all(state, calls, num_calls):  # type: ignore[no-untyped-def]
+    """Run calls, int64 [num_calls, 3] of function, arguments and number of chunks, one after the other."""
+    for at in range(calls, calls + num_calls * 8 * _CALL_FIELDS, 8 * _CALL_FIELDS):
+        _run(state, load(at), load(at + 8), load(at + 16))
 
 
 @kernel()
@@ -154,21 +143,21 @@ def _serve(state):  # type: ignore[no-untyped-def]
     while True:
         _sem_wait(state + 8 * _SEMAPHORE)
         spins = 0
-        while _load(state + 8 * _IS_OPEN) != 0:
+        while load(state + 8 * _IS_OPEN) != 0:
             if _work(state):
                 spins = 0
             spins += 1
-            _pause()
+            pause()
             if spins > _SPINS_BEFORE_YIELD:
                 _sched_yield()
-        if _load(state + 8 * _IS_CLOSED) != 0:
+        if load(state + 8 * _IS_CLOSED) != 0:
             return
 
 
 @kernel()
 def _open(state, num_helpers, is_open):  # type: ignore[no-untyped-def]
     """Begin or end a step: wake the helpers, or let them go to sleep."""
-    _store(state + 8 * _IS_OPEN, is_open)
+    store(state + 8 * _IS_OPEN, is_open)
     if is_open:
         for _ in range(num_helpers):
             _sem_post(state + 8 * _SEMAPHORE)
@@ -181,9 +170,12 @@ def _prepare(state):  # type: ignore[no-untyped-def]
 
 @kernel()
 def _close(state, num_helpers):  # type: ignore[no-untyped-def]
-    _store(state + 8 * _IS_CLOSED, 1)
+    store(state + 8 * _IS_CLOSED, 1)
     for _ in range(num_helpers):
         _sem_post(state + 8 * _SEMAPHORE)
+
+
+Watcher = Callable[[Kernel, KernelArguments, int], None]
 
 
 class ThreadTeam:
@@ -196,8 +188,9 @@ class ThreadTeam:
         self._memory = np.zeros(8 * _LINE, np.int64)
         self._state = self._memory.ctypes.data
         self._run = entry_point(_run, (int64,) * 4)
-        self._run_alone = entry_point(_run_alone, (int64,) * 3)
+        self._run_all = entry_point(_run_all, (int64,) * 3)
         self._owner: int | None = None  # the thread inside `step`
+        self._watcher: tuple[int, Watcher] | None = None  # and its thread
         self._stepping = threading.Lock()
         self._helpers: list[threading.Thread] = []
         if self.num_threads > 1:
@@ -224,12 +217,29 @@ class ThreadTeam:
         """Threads do not come along into a forked process."""
         self._helpers, self._owner, self._stepping = [], None, threading.Lock()
 
-    def run(self, function: Kernel, arguments: int, num_chunks: int) -> None:
+    def run(self, function: Kernel, arguments: KernelArguments, num_chunks: int) -> None:
         """Call `function(arguments, chunk)` for every chunk in [0, num_chunks); helpers join in inside `step`."""
-        if num_chunks > 1 and self._owner is not None and self._owner == threading.get_ident():
-            self._run(self._state, function, arguments, num_chunks)
-        else:
-            self._run_alone(function, arguments, num_chunks)
+        if self._watcher is not None and self._watcher[0] == threading.get_ident():
+            self._watcher[1](function, arguments, num_chunks)
+        self._run(self._shared_state(), function, arguments.address, num_chunks)
+
+    def run_program(self, program: KernelProgram) -> None:
+        """Run its calls one after the other, without Python and its lock."""
+        self._run_all(self._shared_state(), program.address, len(program))
+
+    def _shared_state(self) -> int:
+        """Where helpers look for work, 0 when none would look."""
+        return self._state if self._owner is not None and self._owner == threading.get_ident() else 0
+
+    @contextmanager
+    def watched(self, watcher: Watcher) -> Iterator[None]:
+        """Tell `watcher` of every `run` of this thread inside, before it happens."""
+        assert self._watcher is None
+        self._watcher = threading.get_ident(), watcher
+        try:
+            yield
+        finally:
+            self._watcher = None
 
     @contextmanager
     def step(self) -> Iterator[None]:

@@ -8,36 +8,24 @@ Knows nothing of modules and checks nothing: whoever calls stands for dtypes, sh
 # mypy: disallow-untyped-decorators=False
 # numba's decorators are untyped and would make every kernel an error.
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
-import numba.extending
 import numpy as np
 import torch
-from numba import njit, types
-from numba.np.numpy_support import carray, from_dtype
+from numba import njit
+from numba.np.numpy_support import carray
 
-from adapters.ops.bf16 import STORAGE, narrow, widen
-from adapters.ops.numba_kernels import entry_point
+from adapters.ops.bf16 import narrow, pointer, widen
+from adapters.ops.thread_team import chunk_kernel
 
 # Sums may be reordered; products that models round one by one may not be contracted into one rounding.
 _SUM: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy", "nogil": True}
 _ROUNDED: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 
+CHUNK = 4096
+"""Elements a chunk has, at least, when there are as many."""
 
-_intrinsic: Any = numba.extending.intrinsic  # its annotation describes the typing function, not the kernel's view
-
-
-@_intrinsic
-def typed_pointer(_typing: Any, address: Any, like: Any) -> Any:
-    """An integer address (Tensor.data_ptr) as a pointer to elements of the type of `like`, for numba.carray."""
-    if not isinstance(address, types.Integer):
-        return None
-    kind: Any = types.CPointer(like)  # type: ignore[no-untyped-call]
-    return kind(address, like), lambda context, builder, _signature, args: builder.inttoptr(
-        args[0], context.get_value_type(kind)
-    )
+_MANY = 2**40  # elements of an array whose length nobody asks for
 
 
 @njit(inline="always", **_ROUNDED)
@@ -69,14 +57,31 @@ def _normalise(out: Any, x: Any, weight: Any, eps: Any, offset: Any, rounds_firs
             out[i] = narrow((offset + widen(weight[i])) * (widen(x[i]) * scale), out)
 
 
-def _rms_norm(out_at, x_at, weight_at, num_rows, dim, eps, offset, rounds_first, like):  # type: ignore[no-untyped-def]
-    """`_normalise` for every row of x [num_rows, dim]; weight [dim]. `like` gives the type of the elements."""
-    x = carray(typed_pointer(x_at, like), num_rows * dim)
-    out = carray(typed_pointer(out_at, like), num_rows * dim)
-    weight = carray(typed_pointer(weight_at, like), dim)
-    for row in range(num_rows):
-        begin = row * dim
-        _normalise(out[begin : begin + dim], x[begin : begin + dim], weight, eps, offset, rounds_first)
+(
+    NORM_OUT,  # address of [num_rows, dim]
+    NORM_X,  # [num_rows, dim]
+    NORM_WEIGHT,  # [dim]
+    NORM_ROWS,
+    NORM_DIM,
+    NORM_ROWS_PER_CHUNK,
+    NORM_ROUNDS_FIRST,
+    NORM_NUMBERS,  # float32 [2]: eps and offset, in the place of one field
+    NORM_FIELDS,
+) = range(9)
+
+
+@njit(**_ROUNDED)
+def _rms_norm(arguments: int, chunk: int, kind: Any) -> None:
+    """`_normalise` for the rows of a chunk."""
+    fields = carray(pointer(arguments), NORM_FIELDS, np.int64)
+    numbers = carray(pointer(arguments + 8 * NORM_NUMBERS), 2, np.float32)
+    dim, rows = fields[NORM_DIM], fields[NORM_ROWS_PER_CHUNK]
+    x = carray(pointer(fields[NORM_X]), _MANY, kind)
+    out = carray(pointer(fields[NORM_OUT]), _MANY, kind)
+    weight = carray(pointer(fields[NORM_WEIGHT]), dim, kind)
+    for row in range(chunk * rows, min((chunk + 1) * rows, fields[NORM_ROWS])):
+        here = slice(row * dim, (row + 1) * dim)
+        _normalise(out[here], x[here], weight, numbers[0], numbers[1], fields[NORM_ROUNDS_FIRST] != 0)
 
 
 @njit(**_ROUNDED)
@@ -100,47 +105,86 @@ def _rotate_token(t, out, x, head_stride, token_stride, num_heads, cos, sin):  #
         _rotate_head(out[target : target + head_dim], x[source : source + head_dim], cos, sin)
 
 
-def _rotary(  # type: ignore[no-untyped-def]
-    q_out_at, k_out_at, q_at, k_at, cos_at, sin_at,
-    q_head_stride, q_token_stride, k_head_stride, k_token_stride,
-    num_tokens, num_heads, num_kv_heads, head_dim, like,
-):  # fmt: skip
-    """q [num_heads, num_tokens, head_dim] and k, strided, rotated by cos and sin [num_tokens, head_dim], dense."""
-    q_out = carray(typed_pointer(q_out_at, like), num_tokens * num_heads * head_dim)
-    k_out = carray(typed_pointer(k_out_at, like), num_tokens * num_kv_heads * head_dim)
-    q = carray(typed_pointer(q_at, like), num_tokens * q_token_stride + num_heads * q_head_stride)
-    k = carray(typed_pointer(k_at, like), num_tokens * k_token_stride + num_kv_heads * k_head_stride)
-    cos = carray(typed_pointer(cos_at, like), num_tokens * head_dim)
-    sin = carray(typed_pointer(sin_at, like), num_tokens * head_dim)
-    for t in range(num_tokens):
+(
+    Q_OUT,  # address of [num_tokens, num_heads, head_dim], dense
+    K_OUT,  # [num_tokens, num_kv_heads, head_dim], dense
+    Q,  # of the same shapes, at strides of their own
+    K,
+    COS,  # [num_tokens, head_dim]
+    SIN,
+    Q_HEAD_STRIDE,
+    Q_TOKEN_STRIDE,
+    K_HEAD_STRIDE,
+    K_TOKEN_STRIDE,
+    NUM_TOKENS,
+    NUM_HEADS,
+    NUM_KV_HEADS,
+    HEAD_DIM,
+    TOKENS_PER_CHUNK,
+    ROTARY_FIELDS,
+) = range(16)
+
+
+@njit(**_ROUNDED)
+def _rotary(arguments: int, chunk: int, kind: Any) -> None:
+    """q and k of the tokens of a chunk, rotated by cos and sin."""
+    fields = carray(pointer(arguments), ROTARY_FIELDS, np.int64)
+    q_out, k_out = carray(pointer(fields[Q_OUT]), _MANY, kind), carray(pointer(fields[K_OUT]), _MANY, kind)
+    q, k = carray(pointer(fields[Q]), _MANY, kind), carray(pointer(fields[K]), _MANY, kind)
+    cos, sin = carray(pointer(fields[COS]), _MANY, kind), carray(pointer(fields[SIN]), _MANY, kind)
+    head_dim, tokens = fields[HEAD_DIM], fields[TOKENS_PER_CHUNK]
+    for t in range(chunk * tokens, min((chunk + 1) * tokens, fields[NUM_TOKENS])):
         cos_row, sin_row = cos[t * head_dim : (t + 1) * head_dim], sin[t * head_dim : (t + 1) * head_dim]
-        _rotate_token(t, q_out, q, q_head_stride, q_token_stride, num_heads, cos_row, sin_row)
-        _rotate_token(t, k_out, k, k_head_stride, k_token_stride, num_kv_heads, cos_row, sin_row)
+        q_strides, k_strides = fields[Q_HEAD_STRIDE : Q_HEAD_STRIDE + 2], fields[K_HEAD_STRIDE : K_HEAD_STRIDE + 2]
+        _rotate_token(t, q_out, q, q_strides[0], q_strides[1], fields[NUM_HEADS], cos_row, sin_row)
+        _rotate_token(t, k_out, k, k_strides[0], k_strides[1], fields[NUM_KV_HEADS], cos_row, sin_row)
 
 
-Kernel = Callable[..., None]
+(ADD_OUT, ADD_LEFT, ADD_RIGHT, ADD_SIZE, ADD_FIELDS) = range(5)  # addresses of [size], and the size
 
 
-def _compiled(function: Kernel, arguments: tuple[Any, ...], dtype: torch.dtype) -> Kernel:
-    """The entry point of a kernel for one dtype, with machine code kept on disk; the last argument is any number.
-
-    Not by `numba_kernels.kernel`: its fastmath reaches into what it inlines.
-    """
-    try:
-        dispatcher = njit(cache=True, **_ROUNDED)(function)
-    except RuntimeError:  # no writable folder for the cache: compile in every process
-        dispatcher = njit(**_ROUNDED)(function)
-    return entry_point(dispatcher, (*arguments, from_dtype(STORAGE[dtype])))
-
-
-@cache
-def rms_norm(dtype: torch.dtype) -> Kernel:
-    """Arguments as of `_rms_norm`."""
-    numbers = (types.float32, types.float32, types.boolean)
-    return _compiled(_rms_norm, (*[types.int64] * 5, *numbers), dtype)
+@njit(**_ROUNDED)
+def _add(arguments: int, chunk: int, kind: Any) -> None:
+    """out = left + right over the CHUNK elements of a chunk, in float32, rounded once."""
+    fields = carray(pointer(arguments), ADD_FIELDS, np.int64)
+    begin, end = chunk * CHUNK, min((chunk + 1) * CHUNK, fields[ADD_SIZE])
+    out = carray(pointer(fields[ADD_OUT]), end, kind)
+    left, right = carray(pointer(fields[ADD_LEFT]), end, kind), carray(pointer(fields[ADD_RIGHT]), end, kind)
+    for i in range(begin, end):
+        out[i] = narrow(widen(left[i]) + widen(right[i]), out)
 
 
-@cache
-def rotary(dtype: torch.dtype) -> Kernel:
-    """Arguments as of `_rotary`."""
-    return _compiled(_rotary, (types.int64,) * 14, dtype)
+@chunk_kernel(**_ROUNDED)
+def _rms_norm_bf16(arguments, chunk):  # type: ignore[no-untyped-def]
+    _rms_norm(arguments, chunk, np.uint16)
+
+
+@chunk_kernel(**_ROUNDED)
+def _rms_norm_f32(arguments, chunk):  # type: ignore[no-untyped-def]
+    _rms_norm(arguments, chunk, np.float32)
+
+
+@chunk_kernel(**_ROUNDED)
+def _rotary_bf16(arguments, chunk):  # type: ignore[no-untyped-def]
+    _rotary(arguments, chunk, np.uint16)
+
+
+@chunk_kernel(**_ROUNDED)
+def _rotary_f32(arguments, chunk):  # type: ignore[no-untyped-def]
+    _rotary(arguments, chunk, np.float32)
+
+
+@chunk_kernel(**_ROUNDED)
+def _add_bf16(arguments, chunk):  # type: ignore[no-untyped-def]
+    _add(arguments, chunk, np.uint16)
+
+
+@chunk_kernel(**_ROUNDED)
+def _add_f32(arguments, chunk):  # type: ignore[no-untyped-def]
+    _add(arguments, chunk, np.float32)
+
+
+RMS_NORM: dict[torch.dtype, int] = {torch.bfloat16: _rms_norm_bf16.address, torch.float32: _rms_norm_f32.address}
+ROTARY: dict[torch.dtype, int] = {torch.bfloat16: _rotary_bf16.address, torch.float32: _rotary_f32.address}
+ADD: dict[torch.dtype, int] = {torch.bfloat16: _add_bf16.address, torch.float32: _add_f32.address}
+"""Chunk kernels by dtype."""

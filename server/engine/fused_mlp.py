@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adapters.ops.thread_team import ThreadTeam
+from adapters.ops.thread_team import KernelArguments, ThreadTeam
 from server.engine import fused_mlp_kernels as kernels
 
 _TRIAL_TOKENS = 7
@@ -84,15 +84,14 @@ def _agrees(module: nn.Module, combine: Combine) -> bool:
 
 def _combine_on(team: ThreadTeam) -> Combine:
     """silu(gate) · up, both of one shape, bfloat16; the product is rounded after silu was, as torch does."""
-    fields = np.zeros(kernels.NUM_FIELDS, np.int64)
-    address = fields.ctypes.data
+    arguments = KernelArguments(np.zeros(kernels.NUM_FIELDS, np.int64))
 
     def combine(gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(gate)
         size = gate.numel()
-        fields[:] = (out.data_ptr(), gate.data_ptr(), up.data_ptr(), size)
-        team.run(kernels.SILU_TIMES, address, -(-size // kernels.CHUNK))
+        arguments.fields[:] = (out.data_ptr(), gate.data_ptr(), up.data_ptr(), size)
+        team.run(kernels.SILU_TIMES, arguments, -(-size // kernels.CHUNK))
         return out
 
     return combine

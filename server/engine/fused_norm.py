@@ -8,12 +8,12 @@ on the CPU. Knows nothing of attention, and of models only what a norm's attribu
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adapters.ops.bf16 import STORAGE
-from server.engine import fused_kernels
-from server.engine.fused_kernels import Kernel
+from adapters.ops.thread_team import Kernel, KernelArguments, current_team
+from server.engine import fused_kernels as kernels
 
 _TRIAL_ROWS = 32
 # Of an element. Sums in another order move x̂ by a step of bf16 now and then, which the weight can make two.
@@ -30,13 +30,17 @@ class NormForm(NamedTuple):
     eps: float
     offset: float  # Gemma stores weight - 1
     rounds_first: bool  # x̂ is rounded to dtype before the product
+    arguments: KernelArguments
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         """y of x [..., dim], contiguous."""
-        kernel, _, dim, eps, offset, rounds_first = self
         out = torch.empty_like(x)
-        num_rows = x.numel() // dim
-        kernel(out.data_ptr(), x.data_ptr(), weight.data_ptr(), num_rows, dim, eps, offset, rounds_first, 0)
+        num_rows = x.numel() // self.dim
+        per_chunk = max(1, kernels.CHUNK // self.dim)
+        self.arguments.fields[: kernels.NORM_ROUNDS_FIRST] = (
+            out.data_ptr(), x.data_ptr(), weight.data_ptr(), num_rows, self.dim, per_chunk,
+        )  # fmt: skip
+        current_team().run(self.kernel, self.arguments, -(-num_rows // per_chunk))
         return out
 
 
@@ -78,10 +82,19 @@ def _forms(module: nn.Module) -> list[NormForm]:
     others = [*module.children(), *module.buffers(), *(p for p in module.parameters() if p is not weight)]
     if weight is None or weight.ndim != 1 or not isinstance(eps, float) or others or isinstance(module, FusedRMSNorm):
         return []
-    if weight.device.type != "cpu" or weight.dtype not in STORAGE or weight.requires_grad or not weight.is_contiguous():
+    is_known = weight.device.type == "cpu" and weight.dtype in kernels.RMS_NORM
+    if not is_known or weight.requires_grad or not weight.is_contiguous():
         return []
-    known = (fused_kernels.rms_norm(weight.dtype), weight.dtype, weight.numel(), eps)
-    return [NormForm(*known, 0.0, True), NormForm(*known, 1.0, False), NormForm(*known, 0.0, False)]
+    known = (kernels.RMS_NORM[weight.dtype], weight.dtype, weight.numel(), eps)
+    forms = ((0.0, True), (1.0, False), (0.0, False))
+    return [NormForm(*known, *form, _arguments(eps, *form)) for form in forms]
+
+
+def _arguments(eps: float, offset: float, rounds_first: bool) -> KernelArguments:
+    fields = np.zeros(kernels.NORM_FIELDS, np.int64)
+    fields[kernels.NORM_ROUNDS_FIRST] = rounds_first
+    fields.view(np.float32)[2 * kernels.NORM_NUMBERS :][:2] = eps, offset
+    return KernelArguments(fields)
 
 
 def _agrees(module: nn.Module, form: NormForm) -> bool:

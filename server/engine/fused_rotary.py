@@ -11,11 +11,12 @@ from functools import cache
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adapters.ops.bf16 import STORAGE
-from server.engine import fused_kernels
+from adapters.ops.thread_team import KernelArguments, current_team
+from server.engine import fused_kernels as kernels
 
 _NAME = "apply_rotary_pos_emb"
 
@@ -45,7 +46,7 @@ def fuse_rotary(model: nn.Module) -> int:
 def _fused_class(stock: type[Any], dtype: torch.dtype) -> type[nn.Module] | None:
     """`stock` with its forward reading our function; None where its forward reads none that the kernel equals."""
     forward = stock.forward
-    if not isinstance(forward, FunctionType) or _NAME not in forward.__code__.co_names or dtype not in STORAGE:
+    if not isinstance(forward, FunctionType) or _NAME not in forward.__code__.co_names or dtype not in kernels.ROTARY:
         return None
     own = forward.__globals__.get(_NAME)
     fused = _rotate_by_kernel(own, dtype) if own is not None else None
@@ -59,7 +60,7 @@ def _fused_class(stock: type[Any], dtype: torch.dtype) -> type[nn.Module] | None
 
 def _rotate_by_kernel(own: Rotate, dtype: torch.dtype) -> Rotate:
     """A function in the place of `own`, which goes on to serve what the kernel does not."""
-    kernel = fused_kernels.rotary(dtype)
+    kernel = kernels.ROTARY[dtype]
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
         """q [1, num_heads, num_tokens, head_dim] · cos + rotate_half(q) · sin, k likewise; cos [1, num_tokens, dim]."""
@@ -70,11 +71,14 @@ def _rotate_by_kernel(own: Rotate, dtype: torch.dtype) -> Rotate:
         q_out, k_out = _dense(num_heads, num_tokens, head_dim, dtype), _dense(num_kv_heads, num_tokens, head_dim, dtype)
         _, q_head_stride, q_token_stride, _ = q.stride()
         _, k_head_stride, k_token_stride, _ = k.stride()
-        kernel(
-            q_out.data_ptr(), k_out.data_ptr(), q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+        per_chunk = max(1, kernels.CHUNK // (num_heads * head_dim))
+        tensors = (q_out, k_out, q, k, cos, sin)
+        fields = (
+            *(tensor.data_ptr() for tensor in tensors),
             q_head_stride, q_token_stride, k_head_stride, k_token_stride,
-            num_tokens, num_heads, num_kv_heads, head_dim, 0,
+            num_tokens, num_heads, num_kv_heads, head_dim, per_chunk,
         )  # fmt: skip
+        current_team().run(kernel, KernelArguments(np.array(fields, np.int64)), -(-num_tokens // per_chunk))
         return q_out, k_out
 
     return rotate

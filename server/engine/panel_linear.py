@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adapters.ops.bf16_tile import WIDTH
-from adapters.ops.thread_team import ThreadTeam
+from adapters.ops.thread_team import KernelArguments, ThreadTeam
 from adapters.shared_result import SharedResult
 from server.engine import product_kernels as kernels
 
@@ -39,19 +39,19 @@ class _Product:
         self._num_chunks = sum(self._out_features) // WIDTH
         self.weights = [_pack(linear.weight) for linear in linears]  # [out / WIDTH, in / 2, WIDTH, 2] bfloat16
         self._biases = [_bias(linear) for linear in linears]  # float32 [out_features]
-        self._arguments = np.zeros(kernels.MODULES + len(linears) * kernels.MODULE, np.int64)
-        self._arguments[kernels.NUM_PAIRS] = self._in_features // 2
+        self._arguments = KernelArguments(np.zeros(kernels.MODULES + len(linears) * kernels.MODULE, np.int64))
+        self._fields = self._arguments.fields
+        self._fields[kernels.NUM_PAIRS] = self._in_features // 2
         end = 0
         for number, linear in enumerate(linears):
             end += linear.out_features // WIDTH
-            fields = self._arguments[kernels.MODULES + number * kernels.MODULE :]
+            fields = self._fields[kernels.MODULES + number * kernels.MODULE :]
             fields[kernels.WEIGHT] = self.weights[number].data_ptr()
             fields[kernels.BIAS] = self._biases[number].data_ptr()
             fields[kernels.OUT_FEATURES] = linear.out_features
             fields[kernels.END_CHUNK] = end
         self._step_fields = slice(kernels.X, kernels.NUM_TOKENS + 1)
         self._y_fields = slice(kernels.MODULES + kernels.Y, None, kernels.MODULE)
-        self._address = self._arguments.ctypes.data
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """One output [..., out_features] for each linear, for x [..., in_features] of bfloat16."""
@@ -61,9 +61,9 @@ class _Product:
         num_tokens = x.numel() // self._in_features
         rows = x if x.is_contiguous() else x.reshape(num_tokens, self._in_features).contiguous()
         ys = [torch.empty((*leading, out), dtype=torch.bfloat16) for out in self._out_features]
-        self._arguments[self._step_fields] = (rows.data_ptr(), self._in_features, num_tokens)
-        self._arguments[self._y_fields] = [y.data_ptr() for y in ys]
-        self._run(self._kernel, self._address, self._num_chunks)
+        self._fields[self._step_fields] = (rows.data_ptr(), self._in_features, num_tokens)
+        self._fields[self._y_fields] = [y.data_ptr() for y in ys]
+        self._run(self._kernel, self._arguments, self._num_chunks)
         return ys
 
 

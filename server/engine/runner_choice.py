@@ -1,8 +1,9 @@
 """Which runner serves a device, with which parts. Knows every runner and runs none."""
 
+import importlib
 import logging
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
@@ -26,10 +27,10 @@ class Runner(Protocol):
 
 
 def choose_runner(config: EngineConfig, base: BaseModel, lora: LoRALayers, max_model_len: int) -> Runner:
-    """On a GPU a DeviceRunner, its graphs captured unless eager steps are enforced; elsewhere, and without Triton, a
-    ModelRunner."""
+    """On a GPU a DeviceRunner, its graphs captured unless eager steps are enforced; on a CPU with our kernels a
+    RecordedRunner, with the same exception; elsewhere a ModelRunner."""
     if base.device.type != "cuda":
-        return ModelRunner(base, lora)
+        return _recorded_runner(config, base, lora) or ModelRunner(base, lora)
     if find_spec("triton") is None:
         logger.warning("triton is not installed: attention and LoRA run in plain torch, many times slower")
         return ModelRunner(base, lora)
@@ -37,6 +38,18 @@ def choose_runner(config: EngineConfig, base: BaseModel, lora: LoRALayers, max_m
     runner = device_runner(config, base, lora, max_model_len, graphs)
     runner.capture()
     return runner
+
+
+def _recorded_runner(config: EngineConfig, base: BaseModel, lora: LoRALayers) -> Runner | None:
+    """None where decode steps are not to be recorded, or cannot be; a GPU machine need not have numba."""
+    if config.model.enforce_eager or base.device.type != "cpu" or find_spec("numba") is None:
+        return None
+    recorded_runner: Any = importlib.import_module("server.engine.recorded_runner").RecordedRunner
+    if not recorded_runner.serves(base):
+        return None
+    runner: Any = recorded_runner(base, lora)
+    runner.try_out()
+    return cast(Runner, runner) if runner.is_recording else None
 
 
 def device_runner(

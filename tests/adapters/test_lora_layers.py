@@ -101,7 +101,7 @@ def test_a_mixed_batch_equals_peft_alone(kind: str, min_segment: int, ops_module
     layers.check_integrity()
     ranges: list[RowRanges] = [() if i is None else ((starts[i], 1.0),) for i in rows]
     batch = LoRABatch.build([NUM_TOKENS] * len(rows), ranges, min_segment=min_segment)
-    with layers.applying(batch):
+    with layers.applying(layers.ops.stage(batch)):
         got = logits(base, ids)
     for row, adapter_index in enumerate(rows):
         if adapter_index is None:
@@ -129,9 +129,9 @@ def test_composition_equals_peft_with_two_adapters_active(kind: str) -> None:
     layers.write(8, parts[1])
     single = LoRABatch.build([NUM_TOKENS], [((0, 1.0),)], min_segment=1)
     double = LoRABatch.build([NUM_TOKENS], [((0, 1.0), (8, 1.0))], min_segment=1)
-    with layers.applying(single):
+    with layers.applying(layers.ops.stage(single)):
         assert (logits(base, ids) - want).abs().max() > 0.01
-    with layers.applying(double):
+    with layers.applying(layers.ops.stage(double)):
         torch.testing.assert_close(logits(base, ids), want, rtol=0, atol=1e-5 * float(want.abs().max().clamp(min=1)))
 
 
@@ -192,7 +192,7 @@ def layers(net: Net) -> LoRALayers:
 def test_the_number_of_tokens_must_be_the_batch_s(net: Net, layers: LoRALayers) -> None:
     layers.write(0, one())
     with (
-        layers.applying(batch_of([1, 1], [((0, 1.0),), ()])),
+        layers.applying(layers.ops.stage(batch_of([1, 1], [((0, 1.0),), ()]))),
         pytest.raises(RuntimeError, match="LoRA batch of 2 tokens met x"),
     ):
         net(torch.zeros(1, 3, 6))
@@ -204,7 +204,7 @@ def test_applying_refuses_to_nest_and_ends_after_an_error(net: Net, layers: LoRA
     plain = net(x)
     with layers.applying(None), pytest.raises(RuntimeError, match="already being applied"), layers.applying(None):
         pass
-    with pytest.raises(ZeroDivisionError), layers.applying(batch_of([1], [((0, 1.0),)])):
+    with pytest.raises(ZeroDivisionError), layers.applying(layers.ops.stage(batch_of([1], [((0, 1.0),)]))):
         assert not torch.equal(net(x), plain)
         _ = 1 / 0
     assert torch.equal(net(x), plain)
@@ -227,11 +227,11 @@ def test_a_write_that_cannot_be_whole_changes_nothing(
     layers.write(0, one())
     x = torch.randn(1, 6)
     batch = batch_of([1], [((0, 1.0),)])
-    with layers.applying(batch):
+    with layers.applying(layers.ops.stage(batch)):
         before = net(x)
     with pytest.raises(ValueError, match=message):
         layers.write(start, model)
-    with layers.applying(batch):
+    with layers.applying(layers.ops.stage(batch)):
         assert torch.equal(net(x), before)
     layers.check_integrity()
 
@@ -245,15 +245,15 @@ def test_a_later_adapter_takes_over_rows_and_leaves_nothing_of_the_earlier(net: 
     layers.check_integrity()
     assert [layers.version_at(start) for start in (0, 2, 4)] == [None, later.version, None]
     plain = net.second(net.first(x))
-    with layers.applying(batch_of([1], [((2, 1.0),)])):
+    with layers.applying(layers.ops.stage(batch_of([1], [((2, 1.0),)]))):
         got = net(x)
     a, b = later.modules["first"].lora_a, later.modules["first"].lora_b
     torch.testing.assert_close(got, net.second(net.first(x) + x @ a.T @ b))
-    with layers.applying(batch_of([1], [((0, 1.0), (4, 1.0))])):
+    with layers.applying(layers.ops.stage(batch_of([1], [((0, 1.0), (4, 1.0))]))):
         assert torch.equal(net(x), plain)
     layers.clear(0, 8)
     layers.check_integrity()
-    with layers.applying(batch_of([1], [((2, 1.0),)])):
+    with layers.applying(layers.ops.stage(batch_of([1], [((2, 1.0),)]))):
         assert torch.equal(net(x), plain)
 
 
@@ -285,17 +285,17 @@ def test_a_module_without_adapters_runs_lora_code_only_where_told_to(net: Net, m
     layers = LoRALayers(net, BASE, num_rows=8, ops=CountingOps())
     layers.write(0, one())
     x = torch.randn(2, 6)
-    with layers.applying(batch_of([2], [()])):
+    with layers.applying(layers.ops.stage(batch_of([2], [()]))):
         net(x)
     assert calls == []
-    with layers.applying(batch_of([2], [((0, 1.0),)])):
+    with layers.applying(layers.ops.stage(batch_of([2], [((0, 1.0),)]))):
         net(x)
     assert calls == ["first"]
     plain = net.second(net.first(x))
-    with layers.applying(batch_of([2], [((4, 1.0),)]), everywhere=True):
+    with layers.applying(layers.ops.stage(batch_of([2], [((4, 1.0),)])), everywhere=True):
         assert torch.equal(net(x), plain)
     assert calls == ["first", "first", "second"]
-    with layers.applying(batch_of([2], [((0, 1.0),)])):
+    with layers.applying(layers.ops.stage(batch_of([2], [((0, 1.0),)]))):
         net(x)
     assert calls == ["first", "first", "second", "first"], "everywhere outlived its step"
     with layers.applying(None, everywhere=True):
@@ -324,7 +324,7 @@ def test_a_forward_hung_on_the_instance_stays_in_charge(net: Net) -> None:
     model = one()
     layers.write(0, model)
     a, b = model.modules["first"].lora_a, model.modules["first"].lora_b
-    with layers.applying(batch_of([1], [((0, 1.0),)])):
+    with layers.applying(layers.ops.stage(batch_of([1], [((0, 1.0),)]))):
         got = net(x)
     torch.testing.assert_close(got, net.second(original(x) + 1 + x @ a.T @ b))
 

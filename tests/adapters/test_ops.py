@@ -83,7 +83,7 @@ def bind(ops_module: ModuleType, pools: Pools) -> ops.BoundLoRA:
 def run(ops_module: ModuleType, pools: Pools, y: Tensor, x: Tensor, batch: LoRABatch | None) -> Tensor:
     assert batch is not None
     y = y.clone()
-    bind(ops_module, pools).add([y], x, batch)
+    bind(ops_module, pools).add([y], x, ops_module.stage(batch))
     return y
 
 
@@ -261,7 +261,7 @@ def test_a_batch_of_other_tokens_is_refused_and_y_kept(implementation: ModuleTyp
     batch = LoRABatch.build([1, 1], [((0, 1.0),), ()], min_segment=2)
     assert batch is not None
     with pytest.raises(RuntimeError, match="LoRA batch of 2 tokens met x"):
-        bind(implementation, pools).add([y], x, batch)
+        bind(implementation, pools).add([y], x, implementation.stage(batch))
     assert torch.equal(y, before)
 
 
@@ -275,7 +275,7 @@ def test_cpu_refuses_what_it_cannot_read() -> None:
     batch = LoRABatch.build([1], [((0, 1.0),)], min_segment=2)
     assert batch is not None
     with pytest.raises(RuntimeError, match="bfloat16"):
-        bind(cpu, pools).add([y], x.bfloat16(), batch)
+        bind(cpu, pools).add([y], x.bfloat16(), cpu.stage(batch))
 
 
 def test_select_takes_the_kernels_on_cpu_and_the_reference_elsewhere() -> None:
@@ -297,7 +297,7 @@ for rank, width in ((1, 64), (3, 576), (129, 1536)):
     pools = LoRAPools(a.bfloat16(), (b.bfloat16(),), ranks)
     x, batch = torch.randn(40, 64).bfloat16(), LoRABatch.build([40], [((0, 1.0),)], min_segment=2)
     got, want = torch.zeros(40, width).bfloat16(), torch.zeros(40, width).bfloat16()
-    cpu.bind(pools).add([got], x, batch)
+    cpu.bind(pools).add([got], x, cpu.stage(batch))
     reference.bind(pools).add([want], x, batch)
     assert float((got - want).abs().max()) <= 0.03 * float(want.abs().max()), (rank, width)
 print("equal")

@@ -9,7 +9,7 @@ from numba import carray
 
 from adapters.ops import thread_team
 from adapters.ops.bf16 import pointer
-from adapters.ops.thread_team import ThreadTeam, chunk_kernel, current_team, start_team
+from adapters.ops.thread_team import KernelArguments, ThreadTeam, chunk_kernel, current_team, start_team
 
 NUM_CHUNKS = 40
 
@@ -32,7 +32,7 @@ def team() -> Iterator[ThreadTeam]:
 
 
 def run(team: ThreadTeam, counts: np.ndarray) -> None:
-    team.run(_count.address, counts.ctypes.data, NUM_CHUNKS)
+    team.run(_count.address, KernelArguments(counts), NUM_CHUNKS)
 
 
 def test_every_chunk_is_run_once_in_every_call(team: ThreadTeam) -> None:

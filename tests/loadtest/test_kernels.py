@@ -53,7 +53,7 @@ def test_a_pass_walks_over_the_working_set_with_adapters_of_its_own() -> None:
         starts = [
             (id(call.func.__self__), start)  # type: ignore[attr-defined]
             for call in case.calls
-            for start in dict.fromkeys(call.args[2].starts.tolist())  # type: ignore[attr-defined]
+            for start in dict.fromkeys(call.args[2].batch.starts.tolist())  # type: ignore[attr-defined]
         ]
         assert len(starts) == len(set(starts)), "an adapter came back within one pass"
         assert len(starts) * case.num_bytes / adapters >= sizes.working_set

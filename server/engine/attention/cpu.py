@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adapters.ops import bf16_dot
-from adapters.ops.thread_team import current_team
+from adapters.ops.thread_team import KernelArguments, current_team
 from server.engine.attention import cpu_kernels as kernels
 from server.engine.attention import prefill_kernels as prefill
 from server.engine.attention.interface import AttentionMetadata, KVLayer
@@ -74,12 +74,12 @@ class _StepPlan:
         return np.array(found, np.int64).reshape(-1, prefill.PIECE_FIELDS)
 
     @cached_property
-    def addresses(self) -> tuple[int, int, int]:
-        """Where slot mapping, block tables and context lengths lie."""
+    def fields(self) -> tuple[int, ...]:
+        """The step's fields as the kernels read them."""
         metadata = self.metadata
-        arrays = (metadata.slot_mapping, metadata.block_tables, metadata.context_lens)
+        arrays = (metadata.slot_mapping, metadata.block_tables, metadata.context_lens, self.pieces)
         assert all(array.flags.c_contiguous for array in arrays)
-        return tuple(array.ctypes.data for array in arrays)  # type: ignore[return-value]
+        return (*(array.ctypes.data for array in arrays), metadata.block_tables.shape[1])
 
 
 _KERNELS = {
@@ -94,9 +94,10 @@ class CPUAttention:
 
     def __init__(self) -> None:
         self._team = current_team()
-        self._fields = np.zeros(kernels.NUM_FIELDS, np.int64)
-        self._numbers = np.zeros(2, np.float32)
-        self._fields[kernels.NUMBERS] = self._numbers.ctypes.data
+        self._arguments = KernelArguments(np.zeros(kernels.NUM_FIELDS, np.int64))
+        self._numbers = self._arguments.fields.view(np.float32)[2 * kernels.NUMBERS :][:2]
+        self._step = KernelArguments(np.zeros(kernels.NUM_STEP_FIELDS, np.int64))
+        self._arguments.fields[kernels.STEP] = self._step.address
         self._checked: dict[int, KVLayer] = {}  # by id; held, so that ids stay
         self._absent: dict[int, Tensor] = {}  # sinks that are none, by the number of heads
         self._plan: _StepPlan | None = None
@@ -114,12 +115,12 @@ class CPUAttention:
         softcap: float | None,
         sinks: Tensor | None = None,
     ) -> Tensor:  # [num_tokens, num_heads, v_head_dim]
-        plan = self._plan_of(metadata)
+        plan = self.prepare(metadata)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # held here, since the kernels know addresses only
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         self._write_and_decode(out, q, k, v, layer, plan, scale, sliding_window, softcap, sinks)
         if plan.chunks and self._suits_kernel(q, v, sliding_window, softcap, sinks):
-            self._team.run(prefill.ATTEND_PIECES, self._fields.ctypes.data, len(plan.pieces) * k.shape[1])
+            self._team.run(prefill.ATTEND_PIECES, self._arguments, len(plan.pieces) * k.shape[1])
             return out
         for chunk in plan.chunks:
             rows = slice(chunk.begin, chunk.end)
@@ -127,9 +128,11 @@ class CPUAttention:
             out[rows] = _attend_chunk(*heads, layer, chunk, scale, sliding_window, softcap, sinks)
         return out
 
-    def _plan_of(self, metadata: AttentionMetadata) -> _StepPlan:
+    def prepare(self, metadata: AttentionMetadata) -> _StepPlan:
+        """Let kernels, recorded ones too, read this step's metadata; the first layer of a forward pass does."""
         if self._plan is None or self._plan.metadata is not metadata:
             self._plan = _StepPlan(metadata)
+            self._step.fields[:] = self._plan.fields
         return self._plan
 
     @staticmethod
@@ -169,27 +172,23 @@ class CPUAttention:
     ) -> None:
         if id(layer) not in self._checked:
             self._check(layer, q.dtype)
-        metadata, fields = plan.metadata, self._fields
-        num_rows, (num_blocks, block_size, num_kv_heads, head_dim) = metadata.num_decode_rows, layer.k_cache.shape
+        num_rows, fields = plan.metadata.num_decode_rows, self._arguments.fields
+        num_blocks, block_size, num_kv_heads, head_dim = layer.k_cache.shape
         # The heads of a row stay together, since their K lie together, unless there are too few rows to share out.
         splits = num_kv_heads if num_rows < 2 * self._team.num_threads else 1
-        fields[: kernels.NUMBERS] = (
-            out.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), layer.k_cache.data_ptr(),
-            layer.v_cache.data_ptr(), *plan.addresses,
-        )  # fmt: skip
-        fields[kernels.NUM_TOKENS : kernels.PIECES] = (
-            len(q), num_blocks * block_size, q.shape[1], num_kv_heads, head_dim, v.shape[2], num_rows,
-            metadata.block_tables.shape[1], block_size, splits, kernels.NO_WINDOW if window is None else window,
+        sinks = self._no_sinks(q.shape[1]) if sinks is None else sinks.float().contiguous()
+        tensors = (out, q, k, v, layer.k_cache, layer.v_cache, sinks)
+        fields[: kernels.STEP] = [tensor.data_ptr() for tensor in tensors]
+        fields[kernels.NUM_TOKENS : kernels.NUMBERS] = (
+            len(q), num_blocks * block_size, q.shape[1], num_kv_heads, head_dim, v.shape[2], num_rows, block_size,
+            splits, kernels.NO_WINDOW if window is None else window,
         )  # fmt: skip
         self._numbers[kernels.SCALE], self._numbers[kernels.SOFTCAP] = scale, softcap or 0.0
-        sinks = self._no_sinks(q.shape[1]) if sinks is None else sinks.float().contiguous()
-        fields[kernels.SINKS] = sinks.data_ptr()
-        fields[kernels.PIECES] = plan.pieces.ctypes.data
         write, attend = _KERNELS[q.dtype]
         # All K and V stand before anything is read: a row may read a block that another row fills in this very step.
-        self._team.run(write, fields.ctypes.data, -(-len(q) // kernels.WRITE_CHUNK))
+        self._team.run(write, self._arguments, -(-len(q) // kernels.WRITE_CHUNK))
         if num_rows:
-            self._team.run(attend, fields.ctypes.data, num_rows * splits)
+            self._team.run(attend, self._arguments, num_rows * splits)
 
 
 def _attend_chunk(

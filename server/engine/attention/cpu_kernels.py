@@ -21,11 +21,8 @@ from server.engine.fast_exp import EXACT, exp
     V,  # [num_tokens, num_kv_heads, v_head_dim]
     K_CACHE,  # [num_slots, num_kv_heads, head_dim]
     V_CACHE,  # [num_slots, num_kv_heads, v_head_dim]
-    SLOT_MAPPING,  # int64 [num_tokens]
-    BLOCK_TABLES,  # int32 [num_rows, max_blocks]
-    CONTEXT_LENS,  # int32 [num_rows]
-    NUMBERS,  # float32 [2]: SCALE, SOFTCAP
     SINKS,  # float32 [num_heads], -inf = none
+    STEP,  # int64 [NUM_STEP_FIELDS], what differs from step to step
     NUM_TOKENS,
     NUM_SLOTS,
     NUM_HEADS,
@@ -33,13 +30,20 @@ from server.engine.fast_exp import EXACT, exp
     HEAD_DIM,
     V_HEAD_DIM,
     NUM_DECODE_ROWS,
-    MAX_BLOCKS,
     BLOCK_SIZE,
     SPLITS,  # chunks per decode row; each takes its share of the KV heads
     WINDOW,  # NO_WINDOW = none
-    PIECES,  # int64 [num_pieces, 4], of prefill_kernels.py
+    NUMBERS,  # float32 [2]: SCALE, SOFTCAP, in the place of one field
     NUM_FIELDS,
-) = range(24)
+) = range(20)
+(
+    SLOT_MAPPING,  # address of int64 [num_tokens]
+    BLOCK_TABLES,  # int32 [num_rows, max_blocks]
+    CONTEXT_LENS,  # int32 [num_rows]
+    PIECES,  # int64 [num_pieces, 4], of prefill_kernels.py
+    MAX_BLOCKS,
+    NUM_STEP_FIELDS,
+) = range(6)
 SCALE, SOFTCAP = 0, 1  # softcap 0 = none
 NO_WINDOW = 2**62
 WRITE_CHUNK = 64  # tokens
@@ -172,12 +176,13 @@ def _attend(
 def _write(arguments: int, chunk: int, kind: Any) -> None:
     """cache[slot_mapping[t]] = k[t], v[t] for the tokens t of a chunk."""
     fields = carray(pointer(arguments), NUM_FIELDS, np.int64)
+    step = carray(pointer(fields[STEP]), NUM_STEP_FIELDS, np.int64)
     num_tokens, heads, dim, v_dim = fields[NUM_TOKENS], fields[NUM_KV_HEADS], fields[HEAD_DIM], fields[V_HEAD_DIM]
     k = carray(pointer(fields[K]), (num_tokens, heads * dim), kind)
     v = carray(pointer(fields[V]), (num_tokens, heads * v_dim), kind)
     k_cache = carray(pointer(fields[K_CACHE]), (fields[NUM_SLOTS], heads * dim), kind)
     v_cache = carray(pointer(fields[V_CACHE]), (fields[NUM_SLOTS], heads * v_dim), kind)
-    slot_mapping = carray(pointer(fields[SLOT_MAPPING]), num_tokens, np.int64)
+    slot_mapping = carray(pointer(step[SLOT_MAPPING]), num_tokens, np.int64)
     for t in range(chunk * WRITE_CHUNK, min(num_tokens, (chunk + 1) * WRITE_CHUNK)):
         slot = slot_mapping[t]
         for d in range(heads * dim):
@@ -190,15 +195,16 @@ def _write(arguments: int, chunk: int, kind: Any) -> None:
 def _attend_heads(arguments: int, chunk: int, kind: Any) -> None:
     """One row's last token, for the heads of one of its splits."""
     fields = carray(pointer(arguments), NUM_FIELDS, np.int64)
+    step = carray(pointer(fields[STEP]), NUM_STEP_FIELDS, np.int64)
     heads, kv_heads, dim, v_dim = fields[NUM_HEADS], fields[NUM_KV_HEADS], fields[HEAD_DIM], fields[V_HEAD_DIM]
-    num_rows, max_blocks = fields[NUM_DECODE_ROWS], fields[MAX_BLOCKS]
+    num_rows, max_blocks = fields[NUM_DECODE_ROWS], step[MAX_BLOCKS]
     q = carray(pointer(fields[Q]), (num_rows, heads, dim), kind)
     out = carray(pointer(fields[OUT]), (num_rows, heads, v_dim), kind)
     k_cache = carray(pointer(fields[K_CACHE]), (fields[NUM_SLOTS], kv_heads, dim), kind)
     v_cache = carray(pointer(fields[V_CACHE]), (fields[NUM_SLOTS], kv_heads, v_dim), kind)
-    block_tables = carray(pointer(fields[BLOCK_TABLES]), (num_rows, max_blocks), np.int32)
-    context_lens = carray(pointer(fields[CONTEXT_LENS]), num_rows, np.int32)
-    numbers = carray(pointer(fields[NUMBERS]), 2, np.float32)
+    block_tables = carray(pointer(step[BLOCK_TABLES]), (num_rows, max_blocks), np.int32)
+    context_lens = carray(pointer(step[CONTEXT_LENS]), num_rows, np.int32)
+    numbers = carray(pointer(arguments + 8 * NUMBERS), 2, np.float32)
     sinks = carray(pointer(fields[SINKS]), heads, np.float32)
     splits = fields[SPLITS]
     group, per_chunk = heads // kv_heads, kv_heads // splits

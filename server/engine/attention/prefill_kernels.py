@@ -26,11 +26,13 @@ from server.engine.attention.cpu_kernels import (
     NUM_HEADS,
     NUM_KV_HEADS,
     NUM_SLOTS,
+    NUM_STEP_FIELDS,
     NUM_TOKENS,
     NUMBERS,
     OUT,
     PIECES,
     SCALE,
+    STEP,
     V_CACHE,
     V_HEAD_DIM,
     Q,
@@ -114,22 +116,23 @@ def _attend_piece(out: Any, q: Any, keys: Any, values: Any, context: int, first:
 def _attend_pieces(arguments, chunk):  # type: ignore[no-untyped-def]
     """Piece chunk // num_kv_heads for KV head chunk % num_kv_heads."""
     fields = carray(pointer(arguments), NUM_FIELDS, np.int64)
+    step = carray(pointer(fields[STEP]), NUM_STEP_FIELDS, np.int64)
     heads, kv_heads, dim, v_dim = fields[NUM_HEADS], fields[NUM_KV_HEADS], fields[HEAD_DIM], fields[V_HEAD_DIM]
     number, kv_head = chunk // kv_heads, chunk % kv_heads
-    piece = carray(pointer(fields[PIECES]), (number + 1, PIECE_FIELDS), np.int64)[number]
+    piece = carray(pointer(step[PIECES]), (number + 1, PIECE_FIELDS), np.int64)[number]
     row, begin, count, context = piece[0], piece[1], piece[2], piece[3]
     num_tokens, num_slots = fields[NUM_TOKENS], fields[NUM_SLOTS]
     q = carray(pointer(fields[Q]), (num_tokens, heads, dim), np.uint16)
     out = carray(pointer(fields[OUT]), (num_tokens, heads, v_dim), np.uint16)
     k_cache = carray(pointer(fields[K_CACHE]), (num_slots, kv_heads, dim), np.uint16)
     v_cache = carray(pointer(fields[V_CACHE]), (num_slots, kv_heads, v_dim), np.uint16)
-    block_table = carray(pointer(fields[BLOCK_TABLES]), (row + 1, fields[MAX_BLOCKS]), np.int32)[row]
+    block_table = carray(pointer(step[BLOCK_TABLES]), (row + 1, step[MAX_BLOCKS]), np.int32)[row]
     length = context + count - 1
     padded = -(-length // ROWS_AT_ONCE) * ROWS_AT_ONCE
     keys = _gather(k_cache, block_table, fields[BLOCK_SIZE], kv_head, length, padded)
     values = _gather(v_cache, block_table, fields[BLOCK_SIZE], kv_head, length, padded)
     group = heads // kv_heads
-    scale = carray(pointer(fields[NUMBERS]), 2, np.float32)[SCALE]
+    scale = carray(pointer(arguments + 8 * NUMBERS), 2, np.float32)[SCALE]
     _attend_piece(
         out[begin : begin + count], q[begin : begin + count], keys, values, context, kv_head * group, group, scale
     )

@@ -5,8 +5,11 @@ the request was preempted. Greedy rows without penalties, bias or mask cost one 
 rows are copied to float32. Knows nothing of the model and the scheduler.
 """
 
+import importlib
 from collections.abc import Sequence
 from enum import Enum, auto
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +22,10 @@ from server.engine.token_logprobs import token_logprobs
 
 _ROWS_AT_ONCE = 4  # more would fall out of the processor's cache, and out of malloc's, between one pass and the next
 
-_NO_TOKEN = -1  # in a tensor of ids: nothing could be chosen
+_NO_TOKEN = -1  # in place of an id: nothing could be chosen
+
+# numba is looked for, not demanded: a GPU machine need not have it.
+_row_maximum: Any = importlib.import_module("server.engine.row_maximum") if find_spec("numba") else None
 
 
 class _Way(Enum):
@@ -126,8 +132,11 @@ def _store(token_ids: list[int | None], rows: Sequence[int], chosen: Sequence[in
 
 def _argmax(logits: Tensor) -> list[int | None]:
     """The first largest id of each row; None where the largest is NaN (any NaN makes it so) or infinite."""
-    peak, ids = logits.max(-1)
-    chosen: list[int] = torch.where(torch.isfinite(peak), ids, _NO_TOKEN).tolist()  # one wait for the device, not two
+    if _row_maximum is not None and _row_maximum.serves(logits):
+        chosen: list[int] = _row_maximum.largest_ids(logits)
+    else:
+        peak, ids = logits.max(-1)
+        chosen = torch.where(torch.isfinite(peak), ids, _NO_TOKEN).tolist()  # one wait for the device, not two
     return [None if token_id == _NO_TOKEN else token_id for token_id in chosen]
 
 

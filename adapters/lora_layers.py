@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adapters.adapter_ref import AdapterVersion
 from adapters.lora_group import STATE, GroupLoRA, LoRALinear, ModuleLoRA, Step
@@ -48,6 +48,11 @@ class LoRALayers:
     def bytes_per_row(base: BaseModules, dtype: torch.dtype) -> int:
         """Pool bytes that one rank of an adapter takes over all modules."""
         return sum(shape.in_features + shape.out_features for shape in base.linears.values()) * dtype.itemsize
+
+    @property
+    def pools(self) -> list[Tensor]:
+        """All A and B pools."""
+        return [pool for group in self._groups for pool in (group.pools.a_pool, *group.pools.b_pools)]
 
     def write(self, start: int, model: LoRAModel) -> None:
         """Copy an adapter into rows [start, start + its rank) of every module's pools, over whatever was there.

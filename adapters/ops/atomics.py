@@ -39,6 +39,22 @@ def fetch_add(_typing: Any, address: Any, value: Any) -> Any:
 
 
 @_intrinsic
+def rewrite(_typing: Any, address: Any) -> Any:
+    """Write what stands at `address` there again, unless somebody else writes meanwhile.
+
+    Not by adding 0, which the compiler knows to be no writing.
+    """
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        target = builder.inttoptr(args[0], _I64.as_pointer())
+        here = builder.load_atomic(target, "monotonic", 8)
+        builder.cmpxchg(target, here, here, "acq_rel", "monotonic")
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@_intrinsic
 def call(_typing: Any, function: Any, arguments: Any, chunk: Any) -> Any:
     """Call the C function at address `function`."""
 

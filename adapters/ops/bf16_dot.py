@@ -4,6 +4,7 @@ VDPBF16PS multiplies 16 pairs of bfloat16 and adds each pair to one of 16 float3
 both and multiplying. numba has no such instruction, so the loop is written in LLVM's terms. Knows nothing of LoRA.
 """
 
+from functools import cache
 from typing import Any
 
 import numba.extending
@@ -38,6 +39,7 @@ class BFloat(ir.types.Type):  # type: ignore[misc]
 PAIRS = ir.VectorType(BFloat(), LANES)
 
 
+@cache
 def is_supported() -> bool:
     """Whether this processor has the instruction."""
     return bool(binding.get_host_cpu_features().get("avx512bf16", False))

@@ -47,6 +47,7 @@ def _recorded_runner(config: EngineConfig, base: BaseModel, lora: LoRALayers) ->
     recorded_runner: Any = importlib.import_module("server.engine.recorded_runner").RecordedRunner
     if not recorded_runner.serves(base):
         return None
+    importlib.import_module("adapters.ops.page_toucher").touch_in_background(lora.pools)
     runner: Any = recorded_runner(base, lora)
     runner.try_out()
     return cast(Runner, runner) if runner.is_recording else None

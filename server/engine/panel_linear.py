@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapters.ops.bf16_tile import WIDTH
+from adapters.ops.bf16_tile import WIDTH, panels_at_once
 from adapters.ops.thread_team import KernelArguments, ThreadTeam
 from adapters.shared_result import SharedResult
 from server.engine import product_kernels as kernels
 
 _TOLERANCE = 2e-2  # of the largest output, bfloat16
+_TRIAL_ROWS = (14, 5, 2)
 
 
 class PanelLinear(nn.Linear):
@@ -36,21 +37,18 @@ class _Product:
         self._run, self._kernel = team.run, kernels.PRODUCT
         self._in_features = linears[0].in_features
         self._out_features = [linear.out_features for linear in linears]
-        self._num_chunks = sum(self._out_features) // WIDTH
         self.weights = [_pack(linear.weight) for linear in linears]  # [out / WIDTH, in / 2, WIDTH, 2] bfloat16
         self._biases = [_bias(linear) for linear in linears]  # float32 [out_features]
         self._arguments = KernelArguments(np.zeros(kernels.MODULES + len(linears) * kernels.MODULE, np.int64))
         self._fields = self._arguments.fields
         self._fields[kernels.NUM_PAIRS] = self._in_features // 2
-        end = 0
+        self._fields[kernels.NUM_THREADS] = team.num_threads
         for number, linear in enumerate(linears):
-            end += linear.out_features // WIDTH
             fields = self._fields[kernels.MODULES + number * kernels.MODULE :]
             fields[kernels.WEIGHT] = self.weights[number].data_ptr()
             fields[kernels.BIAS] = self._biases[number].data_ptr()
             fields[kernels.OUT_FEATURES] = linear.out_features
-            fields[kernels.END_CHUNK] = end
-        self._step_fields = slice(kernels.X, kernels.NUM_TOKENS + 1)
+        self._step_fields = slice(kernels.X, kernels.PANELS + 1)
         self._y_fields = slice(kernels.MODULES + kernels.Y, None, kernels.MODULE)
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
@@ -59,12 +57,17 @@ class _Product:
             raise RuntimeError(f"x is {x.dtype} {tuple(x.shape)}, not bfloat16 of {self._in_features} features")
         leading = x.shape[:-1]
         num_tokens = x.numel() // self._in_features
+        panels = panels_at_once(num_tokens)
         rows = x if x.is_contiguous() else x.reshape(num_tokens, self._in_features).contiguous()
         ys = [torch.empty((*leading, out), dtype=torch.bfloat16) for out in self._out_features]
-        self._fields[self._step_fields] = (rows.data_ptr(), self._in_features, num_tokens)
+        self._fields[self._step_fields] = (rows.data_ptr(), self._in_features, num_tokens, panels)
         self._fields[self._y_fields] = [y.data_ptr() for y in ys]
-        self._run(self._kernel, self._arguments, self._num_chunks)
+        self._run(self._kernel, self._arguments, self._num_chunks(panels))
         return ys
+
+    def _num_chunks(self, panels: int) -> int:
+        """Chunks of so many panels, the last of a linear's having fewer."""
+        return sum(-(-out // (WIDTH * panels)) for out in self._out_features)
 
 
 def fits(linear: nn.Linear) -> bool:
@@ -102,11 +105,13 @@ def _bias(linear: nn.Linear) -> Tensor:
 
 
 def _agrees(linears: Sequence[nn.Linear], product: _Product) -> bool:
-    """Whether the product gives the plain one, for more rows than the kernel takes at once."""
+    """Whether the product gives the plain one, for more rows than the kernel takes at once and for few."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(14, linears[0].in_features, generator=generator).bfloat16()
+    x = torch.randn(_TRIAL_ROWS[0], linears[0].in_features, generator=generator).bfloat16()
     with torch.inference_mode():
-        pairs = [
-            (functional.linear(x, linear.weight, linear.bias), y) for linear, y in zip(linears, product(x), strict=True)
-        ]
-        return all(float((y - plain).abs().max()) <= _TOLERANCE * float(plain.abs().max()) for plain, y in pairs)
+        plain = [functional.linear(x, linear.weight, linear.bias) for linear in linears]
+        return all(
+            float((y - expected[:rows]).abs().max()) <= _TOLERANCE * float(expected.abs().max())
+            for rows in _TRIAL_ROWS
+            for expected, y in zip(plain, product(x[:rows]), strict=True)
+        )

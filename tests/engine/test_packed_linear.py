@@ -72,6 +72,32 @@ def test_a_row_has_the_same_bits_in_any_company(packed_class: type[nn.Linear], s
     assert torch.equal(model(x[:1][None]), together[:1][None])
 
 
+@pytest.mark.parametrize("num_panels", [1, 2, 3, 4, 7, 18])
+@torch.inference_mode()
+def test_every_number_of_rows_and_panels(packed_class: type[nn.Linear], num_panels: int) -> None:
+    """As many panels are taken at once as rows leave registers for, and what is left over in smaller steps."""
+    plain = linear(70, 32 * num_panels, torch.bfloat16)
+    model = nn.Sequential(linear(70, 32 * num_panels, torch.bfloat16))
+    pack_linears(model)
+    x = torch.randn(40, 70).bfloat16()
+    expected = functional.linear(x.float(), plain.weight.float(), plain.bias.float())
+    together = model(x)
+    assert float((together.float() - expected).abs().max()) <= 2**-8 * float(expected.abs().max())
+    for num_rows in range(1, 41):
+        assert torch.equal(model(x[:num_rows]), together[:num_rows]), num_rows
+        assert torch.equal(model(x[-num_rows:]), together[-num_rows:]), num_rows
+
+
+@torch.inference_mode()
+def test_an_input_of_another_kind_is_refused(packed_class: type[nn.Linear]) -> None:
+    model = nn.Sequential(linear(64, 32, torch.bfloat16))
+    pack_linears(model)
+    model(torch.randn(3, 64).bfloat16())
+    for wrong in (torch.randn(3, 64), torch.randn(3, 32).bfloat16()):
+        with pytest.raises(RuntimeError):
+            model(wrong)
+
+
 @torch.inference_mode()
 def test_a_weight_used_elsewhere_stays_readable(packed_class: type[nn.Linear]) -> None:
     dtype = torch.bfloat16

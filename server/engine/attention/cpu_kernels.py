@@ -11,7 +11,10 @@ from numba import njit
 from numba.np.numpy_support import carray
 
 from adapters.ops.bf16 import narrow, pointer, widen
+from adapters.ops.bf16_dot import uses_dots
 from adapters.ops.thread_team import chunk_kernel
+from server.engine.attention.decode_bf16 import mix_by_dots, padded_slots, score_by_dots
+from server.engine.attention.decode_dots import LANES, MAX_HEAD_DIM
 from server.engine.fast_exp import EXACT, exp
 
 (
@@ -166,6 +169,14 @@ def _attend(
     end = np.int64(context_len)
     begin = max(np.int64(0), end - window)
     slots = _slots_of(block_table, begin, end, block_size)
+    length, dim = end - begin, q.shape[1]
+    if uses_dots(k_cache) and dim % LANES == 0 and dim <= MAX_HEAD_DIM and out.shape[1] % LANES == 0:
+        slots = padded_slots(slots)
+        scores = score_by_dots(q, k_cache, slots, first, group, scale)
+        for h in range(scores.shape[0]):
+            _softmax(scores[h, :length], softcap, sinks[first * group + h])
+        mix_by_dots(out, scores, v_cache, slots, length, first, group)
+        return
     weights = _score(q, k_cache, slots, first, group, scale)
     for h in range(weights.shape[0]):
         _softmax(weights[h], softcap, sinks[first * group + h])

@@ -1,8 +1,8 @@
 """Has the system hand over the memory of large empty tensors before somebody has to wait for it.
 
 A page that nobody wrote to is not there yet; the first writer of one waits some 10 µs on a virtual machine, 40 ms for
-an adapter of 10 MB. A thread writes a word of each page again, indivisibly, so that whoever writes there at the same time
-loses nothing. Knows no adapters.
+an adapter of 10 MB. A thread writes a word of each page again, indivisibly, so that whoever writes there at the same
+time loses nothing. Knows no adapters.
 """
 
 import mmap

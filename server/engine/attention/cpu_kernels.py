@@ -11,10 +11,10 @@ from numba import njit
 from numba.np.numpy_support import carray
 
 from adapters.ops.bf16 import narrow, pointer, widen
-from adapters.ops.bf16_dot import uses_dots
+from adapters.ops.bf16_dot import LANES, uses_dots
 from adapters.ops.thread_team import chunk_kernel
 from server.engine.attention.decode_bf16 import mix_by_dots, padded_slots, score_by_dots
-from server.engine.attention.decode_dots import LANES, MAX_HEAD_DIM
+from server.engine.attention.decode_dots import MAX_HEAD_DIM
 from server.engine.fast_exp import EXACT, exp
 
 (

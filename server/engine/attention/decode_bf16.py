@@ -1,4 +1,4 @@
-"""Scores and mix of one decode row in bfloat16, over the inner loops of decode_dots.py. Knows no softmax and no blocks."""
+"""Scores and mix of one decode row in bfloat16, over the inner loops of decode_dots.py. Knows no softmax, no blocks."""
 
 # mypy: disallow-untyped-decorators=False
 # numba's decorators are untyped and would make every kernel an error.

@@ -4,6 +4,7 @@ VDPBF16PS multiplies 16 pairs of bfloat16 and adds each pair to one of 16 float3
 both and multiplying. numba has no such instruction, so the loop is written in LLVM's terms. Knows nothing of LoRA.
 """
 
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -72,62 +73,50 @@ def dot_rows(_typing: Any, x: Any, rows: Any, stride: Any, length: Any, out: Any
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         if not is_supported():
             return context.get_dummy_value()
-        x, rows, stride, length, out = args
-        pairs = PAIRS.as_pointer()
-        x_at = builder.inttoptr(x, pairs)
-        row_at = [
-            builder.inttoptr(builder.add(rows, builder.mul(stride, ir.Constant(_I64, r))), pairs)
-            for r in range(ROWS_AT_ONCE)
-        ]
-        num_steps = builder.udiv(length, ir.Constant(_I64, LANES))
-        before, loop, after = builder.block, builder.append_basic_block("dots"), builder.append_basic_block("dots.end")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        step = builder.phi(_I64)
-        sums = [builder.phi(_SUMS) for _ in range(ROWS_AT_ONCE)]
-        here = builder.load(builder.gep(x_at, [step]), align=2)
-        dot = declare_dot(builder)
-        added = [
-            builder.call(dot, [sums[r], here, builder.load(builder.gep(row_at[r], [step]), align=2)])
-            for r in range(ROWS_AT_ONCE)
-        ]
-        following = builder.add(step, ir.Constant(_I64, 1))
-        builder.cbranch(builder.icmp_unsigned("<", following, num_steps), loop, after)
-        step.add_incoming(ir.Constant(_I64, 0), before)
-        step.add_incoming(following, loop)
-        for r in range(ROWS_AT_ONCE):
-            sums[r].add_incoming(ir.Constant(_SUMS, None), before)
-            sums[r].add_incoming(added[r], loop)
-        builder.position_at_end(after)
-        reduce = declare(builder, "llvm.vector.reduce.fadd.v16f32", ir.FunctionType(_FLOAT, [_FLOAT, _SUMS]))
-        target = builder.inttoptr(out, _FLOAT.as_pointer())
-        for r in range(ROWS_AT_ONCE):
-            total = builder.call(reduce, [ir.Constant(_FLOAT, 0.0), added[r]], fastmath=("reassoc",))
-            builder.store(total, builder.gep(target, [ir.Constant(_I64, r)]))
+        emit_dots(builder, lambda _step: None, *args)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), generate
 
 
-@_intrinsic
-def prefetch(_typing: Any, address: Any, num_bytes: Any) -> Any:
-    """Ask for [address, address + num_bytes) to be brought near, in the order of the lines."""
+def emit_dots(
+    builder: Any, beside: Callable[[Any], None], x: Any, rows: Any, stride: Any, length: Any, out: Any
+) -> None:
+    """The code of `dot_rows`, and in each step of its loop what `beside` writes for the step's number."""
+    pairs = PAIRS.as_pointer()
+    x_at = builder.inttoptr(x, pairs)
+    row_at = [
+        builder.inttoptr(builder.add(rows, builder.mul(stride, ir.Constant(_I64, r))), pairs)
+        for r in range(ROWS_AT_ONCE)
+    ]
+    num_steps = builder.udiv(length, ir.Constant(_I64, LANES))
+    before, loop, after = builder.block, builder.append_basic_block("dots"), builder.append_basic_block("dots.end")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    step = builder.phi(_I64)
+    sums = [builder.phi(_SUMS) for _ in range(ROWS_AT_ONCE)]
+    beside(step)
+    here = builder.load(builder.gep(x_at, [step]), align=2)
+    dot = declare_dot(builder)
+    added = [
+        builder.call(dot, [sums[r], here, builder.load(builder.gep(row_at[r], [step]), align=2)])
+        for r in range(ROWS_AT_ONCE)
+    ]
+    following = builder.add(step, ir.Constant(_I64, 1))
+    builder.cbranch(builder.icmp_unsigned("<", following, num_steps), loop, after)
+    step.add_incoming(ir.Constant(_I64, 0), before)
+    step.add_incoming(following, loop)
+    for r in range(ROWS_AT_ONCE):
+        sums[r].add_incoming(ir.Constant(_SUMS, None), before)
+        sums[r].add_incoming(added[r], loop)
+    builder.position_at_end(after)
+    _store_totals(builder, added, out)
 
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        address, num_bytes = args
-        i32, byte = ir.IntType(32), ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
-        fetch = declare(builder, "llvm.prefetch.p0", kind)
-        before, loop, after = builder.block, builder.append_basic_block("near"), builder.append_basic_block("near.end")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        at = builder.phi(_I64)
-        at.add_incoming(ir.Constant(_I64, 0), before)
-        builder.call(fetch, [builder.inttoptr(builder.add(address, at), byte), i32(0), i32(2), i32(1)])
-        following = builder.add(at, ir.Constant(_I64, 64))
-        at.add_incoming(following, loop)
-        builder.cbranch(builder.icmp_unsigned("<", following, num_bytes), loop, after)
-        builder.position_at_end(after)
-        return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64), generate
+def _store_totals(builder: Any, sums: Sequence[Any], out: Any) -> None:
+    """out[r] = the total of sums[r]."""
+    reduce = declare(builder, "llvm.vector.reduce.fadd.v16f32", ir.FunctionType(_FLOAT, [_FLOAT, _SUMS]))
+    target = builder.inttoptr(out, _FLOAT.as_pointer())
+    for r, lanes in enumerate(sums):
+        total = builder.call(reduce, [ir.Constant(_FLOAT, 0.0), lanes], fastmath=("reassoc",))
+        builder.store(total, builder.gep(target, [ir.Constant(_I64, r)]))

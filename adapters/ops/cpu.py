@@ -53,6 +53,7 @@ class CPULoRA:
             pools.a_pool.data_ptr(),
             pools.ranks.data_ptr(),
             *pools.a_pool.shape,
+            current_team().num_threads,
         )
         self._tiles_fit = kernels.tiles_fit(dtype is torch.bfloat16, pools.out_features)
         self._y_fields = slice(kernels.MODULES + kernels.Y, None, kernels.MODULE)

@@ -11,6 +11,8 @@ from loadtest.peers_rounds import Results
 
 Figure = Callable[[Measured], float]
 
+_GIB = 1 << 30
+
 ETA_ROWS = (8, 32)  # rows of a decode step, each with an adapter of its own
 
 
@@ -104,7 +106,17 @@ def requirements(results: Results, limits: Sequence[DecodeLimit]) -> list[Requir
         _pair(results, "base-loaded", "base-only traffic, adapters loaded over none", 0.98),
         _over(results, "32x32", PEFT, "output tok/s, 32 in flight over 32 adapters", 6.0),
         _pair(results, "mixed", "8 adapters in one batch over the same 8 one after the other", 3.5),
+        _memory(results),
     ]
+
+
+def _memory(results: Results) -> Requirement:
+    """The most that any of our servers had at the end of any load."""
+    measured = [each for found in (*results.cells.values(), *results.pairs.values()) for each in found]
+    proofs = [each.figures.proof for each in measured if each.figures.proof is not None]
+    over = [proof.memory_over / _GIB for proof in proofs if proof.memory_over is not None]
+    what = "resident memory over weights, KV, pools and loaded adapters, GiB"
+    return Requirement(what=what, bound=1.0, value=max(over, default=None), at_most=True)
 
 
 def _eta(limits: Sequence[DecodeLimit], rows: int) -> Requirement:

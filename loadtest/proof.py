@@ -8,7 +8,7 @@ has, so its adapters are held against what that many requests, one after the oth
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loadtest.client import Reply
 from loadtest.exposition import value
@@ -28,9 +28,11 @@ class StepTotals:
     steps: int
     adapters: float
     rows: float
+    memory_over: float | None = None  # bytes the process has beyond what it says it gave to its parts; no sum
 
     def since(self, before: "StepTotals") -> "StepTotals":
-        return StepTotals(self.steps - before.steps, self.adapters - before.adapters, self.rows - before.rows)
+        steps, adapters, rows = self.steps - before.steps, self.adapters - before.adapters, self.rows - before.rows
+        return replace(self, steps=steps, adapters=adapters, rows=rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,7 @@ class Proof:
     adapters_in_flight: float
     rows_in_flight: float
     requests_per_version: dict[str, int]
+    memory_over: float | None = None  # as of StepTotals, when the load ended
 
     def __str__(self) -> str:
         return (
@@ -58,7 +61,9 @@ def read_step_totals(page: str) -> StepTotals | None:
     adapters, rows = value(page, f"{ADAPTERS_SERIES}_sum"), value(page, f"{ROWS_SERIES}_sum")
     if count is None or adapters is None or rows is None:
         return None
-    return StepTotals(int(count), adapters, rows)
+    resident, given = value(page, "process_resident_memory_bytes"), value(page, "loramux:memory_bytes")
+    over = None if resident is None or given is None else resident - given
+    return StepTotals(int(count), adapters, rows, over)
 
 
 def prove(replies: Sequence[Reply], totals: StepTotals, *, base: str | None, is_open: bool = False) -> Proof:
@@ -73,6 +78,7 @@ def prove(replies: Sequence[Reply], totals: StepTotals, *, base: str | None, is_
         adapters_in_flight=adapters,
         rows_in_flight=rows,
         requests_per_version=_versions(replies, base=base),
+        memory_over=totals.memory_over,
     )
     if is_open:
         _check_open_loop(replies, proof, base=base)

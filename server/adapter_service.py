@@ -240,6 +240,11 @@ class AdapterService:
             updated_at=self._metrics.last_step_at,
         )
 
+    @property
+    def host_bytes(self) -> int:
+        """Of host memory that the versions held take; one under two names counts once."""
+        return sum({info.ref.version: info.ref.num_bytes for info in self.registry.list()}.values())
+
     def _max_device_adapters(self) -> int:
         """`max_loras`, or how many adapters of the widest loaded rank (16 while there is none) the rows hold."""
         if self._max_loras is not None:

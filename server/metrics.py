@@ -6,10 +6,18 @@ A request is followed by the `RequestMetrics` that `request_started` returns: on
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from server.adapter_metrics import (
@@ -21,6 +29,7 @@ from server.adapter_metrics import (
     ResidencySnapshot,
 )
 from server.engine.request import EngineStats, FinishReason, RequestOutput
+from server.memory_metrics import MemoryCollector
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 TOKEN_LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -124,6 +133,11 @@ class Metrics:
     def watch_adapters(self, snapshot: Callable[[], ResidencySnapshot]) -> None:
         """Ask `snapshot` at each scrape for who is resident and in use."""
         self.registry.register(ResidencyCollector(self.model_name, snapshot))
+
+    def watch_memory(self, parts: Callable[[], Mapping[str, int]]) -> None:
+        """Publish at each scrape what `parts` says of bytes by name, and what the process has of memory and time."""
+        self.registry.register(MemoryCollector(self.model_name, parts))
+        ProcessCollector(registry=self.registry)
 
     def set_cache_config(self, **labels: Any) -> None:
         """Publish the KV cache's size once, as `vllm:cache_config_info{block_size, num_gpu_blocks, …} 1`."""

@@ -149,6 +149,9 @@ class _Running:
             lora_rows=engine.info.memory.lora_rows,
             max_loras=lora.max_loras,
         )
+        memory = engine.info.memory
+        fixed = {"weights": memory.weights, "kv_cache": memory.kv_cache, "lora_pools": memory.lora_pools}
+        metrics.watch_memory(lambda: {**fixed, "cpu_loras": adapters.host_bytes})
         return ServerContext(
             engine=engine,
             tokenizer=self.tokenizer,

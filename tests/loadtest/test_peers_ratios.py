@@ -12,6 +12,7 @@ from loadtest.peers_measure import Decode, Measured, decode_window
 from loadtest.peers_requirements import DecodeLimit, Requirement, decode_limit, requirements
 from loadtest.peers_rounds import Results
 from loadtest.peers_table import Setting, page
+from loadtest.proof import Proof
 from loadtest.report import Figures, Percentiles, measure
 from loadtest.workload import Workload
 
@@ -54,8 +55,20 @@ def _row(rows: list[Requirement], beginning: str, end: str = "") -> Requirement:
 def test_every_row_of_what_must_hold_is_there(results: Results) -> None:
     limits = [limit for rows in (8, 32) if (limit := decode_limit(results, rows, _BYTES, _BANDWIDTH)) is not None]
     rows = requirements(results, limits)
-    assert [each.bound for each in rows] == [3.0, 5.0, 1.5, 0.5, 1.5, 0.25, 0.8, 0.8, 0.9, 0.98, 6.0, 3.5]
-    assert all(each.value is not None for each in rows)
+    assert [each.bound for each in rows] == [3.0, 5.0, 1.5, 0.5, 1.5, 0.25, 0.8, 0.8, 0.9, 0.98, 6.0, 3.5, 1.0]
+    assert all(each.value is not None for each in rows[:-1])
+
+
+def test_memory_is_the_most_of_any_load(results: Results) -> None:
+    assert _row(requirements(results, []), "resident memory").value is None, "nothing said what it holds"
+    for number, over in enumerate((0.5, 1.25, None)):
+        proof = Proof(
+            steps=1, adapters_per_step=1, rows_per_step=1, adapters_in_flight=1, rows_in_flight=1,
+            requests_per_version={}, memory_over=None if over is None else over * 2**30,
+        )  # fmt: skip
+        results.cells["1xbase", OURS][number] = Measured(replace(_figures(100), proof=proof), None)
+    row = _row(requirements(results, []), "resident memory")
+    assert row.value == 1.25 and row.held is False
 
 
 def test_throughput_is_over_the_best_peer(results: Results) -> None:
@@ -144,7 +157,7 @@ def test_page_says_what_was_missed_and_who_was_missing(results: Results) -> None
 
 def test_page_says_what_was_not_measured() -> None:
     text = _page(Results(), [])
-    assert text.count("not measured") == 12
+    assert text.count("not measured") == 13
     assert "held" not in text.partition("## How")[0].replace("not measured", "")
 
 

@@ -136,6 +136,13 @@ def test_step_totals_sum_over_labels() -> None:
         ]
     )
     assert read_step_totals(page) == StepTotals(4, 12.0, 25.0)
+    memory = """
+loramux:memory_bytes{model_name="m",part="weights"} 3.0
+loramux:memory_bytes{model_name="m",part="kv_cache"} 4.0
+process_resident_memory_bytes 1.2e+01"""
+    totals = read_step_totals(page + memory)
+    assert totals == StepTotals(4, 12.0, 25.0, memory_over=5.0)
+    assert totals.since(StepTotals(1, 2.0, 5.0, memory_over=9.0)) == StepTotals(3, 10.0, 20.0, memory_over=5.0)
     assert read_step_totals("vllm:num_requests_running 1.0") is None
 
 

@@ -1,5 +1,6 @@
 """What is told is what is scraped: times, counts by difference, bounded names, no stale series."""
 
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -49,7 +50,8 @@ def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], f
     for family in text_string_to_metric_families(metrics.render().decode()):
         for sample in family.samples:
             labels = dict(sample.labels)
-            assert labels.pop("model_name") == "base", sample
+            is_ours = not sample.name.startswith(("process_", "python_"))  # what every process says of itself
+            assert not is_ours or labels.pop("model_name") == "base", sample
             assert labels.pop("engine", None) == ("0" if sample.name.startswith("vllm:") else None), sample
             key = (sample.name, tuple(sorted(labels.items())))
             assert key not in found, key
@@ -233,3 +235,13 @@ def test_residency_is_asked_for_at_each_scrape(metrics: Metrics) -> None:
     infos = [key for key in samples(metrics) if key[0] == "vllm:lora_requests_info"]
     assert [dict(key[1])["running_lora_adapters"] for key in infos] == [""]
     assert not [key for key in samples(metrics) if key[0] == "vllm:lora_adapter_loaded"]
+
+
+def test_memory_is_shown_by_part_beside_what_the_process_has(metrics: Metrics) -> None:
+    parts = {"weights": 100, "cpu_loras": 7}
+    metrics.watch_memory(lambda: parts)
+    assert value(metrics, "loramux:memory_bytes", part="weights") == 100
+    parts["cpu_loras"] = 9
+    assert value(metrics, "loramux:memory_bytes", part="cpu_loras") == 9
+    found = {key[0]: number for key, number in samples(metrics).items()}
+    assert sys.platform != "linux" or found["process_resident_memory_bytes"] > 1 << 20

@@ -8,6 +8,9 @@ import numba
 OPTIONS: dict[str, Any] = {"fastmath": True, "nogil": True, "error_model": "numpy", "boundscheck": False}
 """How every kernel, and every function inlined into one, is compiled."""
 
+INLINED: dict[str, Any] = {**OPTIONS, "inline": "always"}
+"""For small functions that take arrays: a call of its own counts the owners of each array up and down again."""
+
 
 def kernel() -> Callable[[Callable[..., None]], Any]:
     """A kernel whose machine code is kept on disk, so that the next process compiles nothing.

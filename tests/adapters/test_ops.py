@@ -89,7 +89,7 @@ def run(ops_module: ModuleType, pools: Pools, y: Tensor, x: Tensor, batch: LoRAB
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rank", [1, 3, 8, 16, 64])
+@pytest.mark.parametrize("rank", [1, 3, 6, 16, 64])
 @pytest.mark.parametrize("popularity", POPULARITY)
 def test_rows_equal_the_loops(implementation: ModuleType, dtype: torch.dtype, rank: int, popularity: str) -> None:
     pools = make_pools(rank, dtype)
@@ -135,6 +135,26 @@ def test_an_adapter_of_rank_0_here_leaves_its_rows_alone(implementation: ModuleT
     got = run(implementation, pools, y, x, batch)
     assert torch.equal(got[:5].view(torch.uint8), y[:5].view(torch.uint8))
     assert_rounded_once(got, expected(pools, y, x, [ranges[0]] * 5 + [ranges[1]]))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 5])
+def test_one_delta_is_rounded_to_nearest_even(implementation: ModuleType, dtype: torch.dtype, rank: int) -> None:
+    """x · A is 1 for one rank and 0 for the rest, so that every column is one exact sum, many of them ties."""
+    pools = make_pools(rank, dtype)
+    pools.a[:rank] = 0.0
+    pools.a[rank - 1, 0] = 1.0
+    pools.b[:rank] = torch.arange(rank * OUT).view(rank, OUT) * 2.0**-9
+    x, y = torch.zeros(2, IN, dtype=dtype), torch.full((2, OUT), 1.0, dtype=dtype)
+    x[:, 0] = torch.tensor([1.0, -1.0])
+    y[0, 3:7] = torch.tensor([float("inf"), float("-inf"), float("nan"), 3.0e38])
+    y[0, OUT - 1] = float("nan")
+    batch = LoRABatch.build([1, 1], [((pools.starts[0], 1.0),)] * 2, min_segment=9)
+    got = run(implementation, pools, y, x, batch)
+    want = (y.float() + x[:, :1].float() * pools.b[rank - 1].float()).to(dtype)
+    assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))
+    assert got[0, [5, OUT - 1]].isnan().all()
 
 
 MIXED: list[tuple[int, list[tuple[int, float]]]] = [

@@ -119,6 +119,7 @@ def lora_cases(group: Group, sizes: Sizes) -> list[Case]:
                 num_bytes=adapters * adapter_bytes,
                 flops=2 * tokens * RANK * group.weights_per_rank,
                 rows=tokens,
+                is_decode=tokens in DECODE_ROWS,
             )
         )
     return cases
@@ -157,6 +158,7 @@ def _product_cases(group: Group, sizes: Sizes, team: ThreadTeam) -> list[Case]:
             num_bytes=num_bytes,
             flops=2 * rows * group.base_weights,
             rows=rows,
+            is_decode=rows in DECODE_ROWS,
         )
         for rows in (*DECODE_ROWS, PROMPT)
     ]
@@ -247,10 +249,11 @@ def _small_cases(rows: int) -> list[Case]:
         Case(
             op="RMSNorm", shape=f"{HIDDEN}", size=f"{rows} rows, {kinds[0]}", calls=[partial(norm, x)],
             num_bytes=2 * _ELEMENT * x.numel(), flops=4 * x.numel(), rows=rows, per_layer=2,
+            is_decode=rows in DECODE_ROWS,
         ),
         Case(
             op="rotary", shape=f"{heads} heads of {HEAD_DIM}", size=f"{rows} rows, {kinds[1]}",
             calls=[partial(rotary, q, k, cos, sin)], num_bytes=2 * _ELEMENT * rows * HEAD_DIM * (heads + 1),
-            flops=3 * rows * heads * HEAD_DIM, rows=rows,
+            flops=3 * rows * heads * HEAD_DIM, rows=rows, is_decode=rows in DECODE_ROWS,
         ),
     ]  # fmt: skip

@@ -182,7 +182,8 @@ def _page(record: dict[str, Any]) -> str:
         "",
         f"Each reading is a pass over at least {record['working_set'] >> 20} MiB, so that every call finds its weights "
         "in memory and not in the cache. A floor is a call's bytes or arithmetic at the rate measured beside it: the "
-        "median time is held against the median bandwidth of the same rounds, the least against the best.",
+        "median time is held against the median bandwidth of the same rounds, the least against the best. Calls of "
+        "decode rows are played from a recording, as the engine runs them; those of a prompt are made by Python.",
     ]
     if record["quick"]:
         lines += ["", "**Quick: the data fit in the cache, so these figures say only that everything runs.**"]

@@ -19,6 +19,8 @@ from numba.np.numpy_support import carray
 
 from adapters.ops.bf16 import pointer
 from adapters.ops.thread_team import KernelArguments, ThreadTeam, chunk_kernel
+from server.engine.recording import record
+from server.engine.tensor_arena import TensorArena
 
 _CHUNK = 1 << 18  # bytes that a thread reads or copies at once
 _WORDS = _CHUNK // 8
@@ -61,6 +63,7 @@ class Case:
     flops: float  # of one call
     rows: int
     per_layer: int = 1  # calls of this shape in one layer of the model
+    is_decode: bool = True  # a new token a row: the engine plays such steps from a recording
 
     def emptied(self) -> "Case":
         """Without the calls, and so without their data."""
@@ -146,11 +149,11 @@ def time_cases(cases: Sequence[Case], team: ThreadTeam, probe: Probe, rounds: in
     reads, copies = [], []
     # The best, not the median: OpenMP's threads wait for one another by spinning, and lose a core now and then.
     flops = max(probe.flop_rate() for _ in range(_PRODUCTS))
-    repeats = [_repeats(case, team) for case in cases]
+    passes = [_Pass(case, team) for case in cases]
     for _ in range(rounds):
-        for case, repeat, readings in zip(cases, repeats, times, strict=True):
+        for each, readings in zip(passes, times, strict=True):
             reads.append(probe.read_rate())
-            readings.append(_pass(case, team, repeat))
+            readings.append(each.seconds())
         copies.append(probe.copy_rate())
     ceilings = Ceilings(
         read_bytes=statistics.median(reads),
@@ -161,20 +164,32 @@ def time_cases(cases: Sequence[Case], team: ThreadTeam, probe: Probe, rounds: in
     return [Reading.of(readings) for readings in times], ceilings
 
 
-def _repeats(case: Case, team: ThreadTeam) -> int:
-    """Passes that make one reading long enough for the clock; the first pass, which warms up, tells."""
-    _pass(case, team, 1)
-    return max(1, round(_MIN_READING / (_pass(case, team, 1) * len(case.calls))))
+class _Pass:
+    """All calls of a case, one after the other, as the engine makes them: by Python, or played from a recording."""
 
+    def __init__(self, case: Case, team: ThreadTeam) -> None:
+        self._calls, self._team = case.calls, team
+        self._run: Callable[[], object] = self._call_all
+        if case.is_decode:
+            with team.step():
+                _, recording = record(self._call_all, team, TensorArena())
+            self._run = recording.play
+        self._repeats = 1
+        self.seconds()  # warms up
+        self._repeats = max(1, round(_MIN_READING / (self.seconds() * len(self._calls))))
 
-def _pass(case: Case, team: ThreadTeam, repeats: int) -> float:
-    """Seconds per call of `repeats` passes over all calls."""
-    with team.step():
-        began = time.perf_counter()
-        for _ in range(repeats):
-            for call in case.calls:
-                call()
-        return (time.perf_counter() - began) / (repeats * len(case.calls))
+    def seconds(self) -> float:
+        """Per call, of so many passes that the clock can tell."""
+        with self._team.step():
+            began = time.perf_counter()
+            for _ in range(self._repeats):
+                self._run()
+            return (time.perf_counter() - began) / (self._repeats * len(self._calls))
+
+    def _call_all(self) -> torch.Tensor:
+        for call in self._calls:
+            call()
+        return torch.empty(0)
 
 
 def last_cache_bytes(root: Path = Path("/sys/devices/system/cpu")) -> int:

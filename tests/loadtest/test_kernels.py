@@ -3,9 +3,11 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from adapters.ops.thread_team import ThreadTeam, current_team
 from loadtest import __main__ as command_line
@@ -89,12 +91,22 @@ def test_over_the_limit_fails_unless_told_not_to_check(
     assert command_line.main(arguments + ([] if check else ["--no-check"])) == status
 
 
-def test_a_case_that_takes_longer_reads_longer() -> None:
+@pytest.mark.parametrize("is_decode", [True, False], ids=["played", "called"])
+def test_a_case_that_takes_longer_reads_longer(is_decode: bool) -> None:
     team = ThreadTeam(1)
     probe = Probe(team, 1 << 20, 64)
     cases = [
-        Case(op="sum", shape="", size="", calls=[lambda n=n: sum(range(n))], num_bytes=8, flops=8, rows=1)  # type: ignore[misc]
-        for n in (1_000, 20_000)
+        Case(
+            op="sum",
+            shape="",
+            size="",
+            calls=[partial(torch.cumsum, torch.zeros(n), 0)],
+            num_bytes=8,
+            flops=8,
+            rows=1,
+            is_decode=is_decode,
+        )  # fmt: skip
+        for n in (10_000, 1_000_000)
     ]
     (short, long), ceilings = time_cases(cases, team, probe, rounds=3)
     assert long.median > 3 * short.median

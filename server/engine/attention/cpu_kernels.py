@@ -11,10 +11,9 @@ from numba import njit
 from numba.np.numpy_support import carray
 
 from adapters.ops.bf16 import narrow, pointer, widen
-from adapters.ops.bf16_dot import LANES, uses_dots
+from adapters.ops.bf16_dot import uses_dots
 from adapters.ops.thread_team import chunk_kernel
-from server.engine.attention.decode_bf16 import mix_by_dots, padded_slots, score_by_dots
-from server.engine.attention.decode_dots import MAX_HEAD_DIM
+from server.engine.attention.decode_bf16 import mix_by_dots, padded_slots, score_by_dots, suits
 from server.engine.fast_exp import EXACT, exp
 
 (
@@ -169,8 +168,8 @@ def _attend(
     end = np.int64(context_len)
     begin = max(np.int64(0), end - window)
     slots = _slots_of(block_table, begin, end, block_size)
-    length, dim = end - begin, q.shape[1]
-    if uses_dots(k_cache) and dim % LANES == 0 and dim <= MAX_HEAD_DIM and out.shape[1] % LANES == 0:
+    if uses_dots(k_cache) and suits(q.shape[1], out.shape[1]):
+        length = end - begin
         slots = padded_slots(slots)
         scores = score_by_dots(q, k_cache, slots, first, group, scale)
         for h in range(scores.shape[0]):

@@ -6,37 +6,45 @@ slot, and asked for some tokens ahead. Sums, scores and weights are float32. A h
 alone. Only where `bf16_dot.is_supported`; knows nothing of softmax, windows or blocks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numba.extending
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
+from numba.core import cgutils
 
-from adapters.ops.bf16_dot import LANES, PAIRS, BFloat, declare, declare_dot, is_supported
+from adapters.ops.bf16_dot import LANES, PAIRS, declare, declare_dot, is_supported
+from server.engine.attention.lane_sums import LaneSums
 
 KEYS = 16
 """Keys whose scores are found at once; slots and scores are padded to a multiple of it."""
+
+_QUARTER = KEYS // 4
 
 AHEAD = 32
 """Tokens between the one being read and the one being asked for; slots are padded by as many."""
 
 MAX_HEADS = 4
-MAX_HEAD_DIM = 128
 
-_I16, _I32, _I64, _FLOAT = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+HEAD_DIMS = (64, 128)
+"""Elements of q and k that code is written for: what nearly all models have, since code takes time to compile."""
+
+COLUMNS = 64
+"""Columns of values mixed at once."""
+
+_I32, _I64, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _BYTE = ir.IntType(8).as_pointer()
 _SUMS = ir.VectorType(_FLOAT, 16)
 _WORDS = ir.VectorType(_I32, 16)
-_NARROW = ir.VectorType(BFloat(), 16)
-_NARROW_BITS = ir.VectorType(_I16, 16)
 _intrinsic: Any = numba.extending.intrinsic
 
 
 @_intrinsic
 def score_keys(
     _typing: Any,
+    cache: Any,
     num_heads: Any,
     dim: Any,
     q: Any,
@@ -50,127 +58,127 @@ def score_keys(
 ) -> Any:
     """scores[h, i] = scale · q[h] · keys[slots[i]] for 1 to MAX_HEADS heads, `count` a positive multiple of KEYS.
 
-    q is [num_heads, dim] in one piece, `slots` int64 [count + AHEAD]. Addresses; strides in bytes.
+    q is [num_heads, dim] in one piece, dim one of HEAD_DIMS, `slots` int64 [count + AHEAD]. Addresses; strides in
+    bytes; of `cache` only the type is used.
     """
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        heads, dim, q, keys, slots, slot_stride, count, scale, scores, score_stride = args
+        _, heads, dim, q, keys, slots, slot_stride, count, scale, scores, score_stride = args
         steps = builder.udiv(dim, _int(LANES))
-        sizes = [(h, s) for h in range(1, MAX_HEADS + 1) for s in range(1, MAX_HEAD_DIM // LANES + 1)]
-        emit = partial(_emit_scores, builder, q, keys, slots, slot_stride, count, scale, scores, score_stride)
+        sizes = _sizes(cache, HEAD_DIMS)
+        room: Any = cgutils.alloca_once(  # type: ignore[no-untyped-call]
+            builder, _SUMS, size=_int(MAX_HEADS * KEYS // _QUARTER)
+        )
+        held = builder.ptrtoint(room, _I64)
+        emit = partial(_emit_scores, builder, q, keys, slots, slot_stride, count, scale, scores, score_stride, held)
         _switch(builder, _code(builder, heads, steps), {_number(*size): partial(emit, *size) for size in sizes})
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 7, types.float32, types.int64, types.int64), generate
+    return types.void(cache, *[types.int64] * 7, types.float32, types.int64, types.int64), generate
 
 
 @_intrinsic
 def mix_values(
     _typing: Any,
+    cache: Any,
     num_heads: Any,
-    dim: Any,
     weights: Any,
     weight_stride: Any,
     values: Any,
     slots: Any,
     slot_stride: Any,
     count: Any,
-    out: Any,
-    out_stride: Any,
+    totals: Any,
+    total_stride: Any,
 ) -> Any:
-    """out[h] = Σ_i weights[h, i] · values[slots[i]] for 1 to MAX_HEADS heads and `dim` of 32 or 64 columns, rounded
-    once; one chain of sums in the order of i.
+    """totals[h] += Σ_i weights[h, i] · values[slots[i]] for 1 to MAX_HEADS heads and COLUMNS columns; one chain
+    of sums in the order of i.
 
-    `slots` is int64 [count + AHEAD], weights are float32. Addresses; strides in bytes.
+    `slots` is int64 [count + AHEAD]; weights and totals are float32. Of 32 columns the 16 even ones come first, then
+    the odd ones. Addresses; strides in bytes; of `cache` only the type is used.
     """
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        heads, dim, weights, weight_stride, values, slots, slot_stride, count, out, out_stride = args
-        steps = builder.udiv(dim, _int(LANES))
-        sizes = [(h, s) for h in range(1, MAX_HEADS + 1) for s in (1, 2)]
-        emit = partial(_emit_mix, builder, weights, weight_stride, values, slots, slot_stride, count, out, out_stride)
-        _switch(builder, _code(builder, heads, steps), {_number(*size): partial(emit, *size) for size in sizes})
+        _, heads, weights, weight_stride, values, slots, slot_stride, count, totals, total_stride = args
+        sizes = _sizes(cache, (COLUMNS,))
+        emit = partial(
+            _emit_mix, builder, weights, weight_stride, values, slots, slot_stride, count, totals, total_stride
+        )
+        _switch(
+            builder,
+            _code(builder, heads, _int(COLUMNS // LANES)),
+            {_number(*size): partial(emit, *size) for size in sizes},
+        )
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 10), generate
+    return types.void(cache, *[types.int64] * 9), generate
 
 
 def _emit_scores(
     builder: Any, q: Any, keys: Any, slots: Any, slot_stride: Any, count: Any, scale: Any, scores: Any, stride: Any,
-    num_heads: int, steps: int,
+    held: Any, num_heads: int, steps: int,
 ) -> None:  # fmt: skip
-    """The loop over groups of KEYS keys."""
-    dot, zero = declare_dot(builder), ir.Constant(_SUMS, None)
+    """The loop over groups of KEYS keys, and in it one over _QUARTER keys, so that there is less code to compile.
+
+    `held` has room for a register of each head and quarter: [num_heads, KEYS / _QUARTER].
+    """
     queries = [[_load(builder, q, PAIRS, 64 * (h * steps + c)) for c in range(steps)] for h in range(num_heads)]
+    owners = [lane // 4 for lane in range(16)]  # of a quarter's sums
+
+    def quarter(here: Any, first: Any) -> None:
+        at = builder.add(here, builder.mul(first, _int(8)))
+        for h, tree in enumerate(_dots(builder, queries, keys, at, slot_stride)):
+            register, lanes = tree.result()
+            assert lanes == owners
+            place = builder.add(held, builder.mul(builder.add(first, _int(KEYS * h)), _int(64 // _QUARTER)))
+            builder.store(register, _at(builder, place, _SUMS))
 
     def body(first: Any) -> None:
-        trees = [_Tree(builder) for _ in range(num_heads)]
         here = builder.add(slots, builder.mul(first, _int(8)))
-        for i in range(KEYS):
-            key = _place(builder, keys, here, i, slot_stride)
-            _fetch(builder, _place(builder, keys, here, i + AHEAD, slot_stride), steps)
-            parts = [_load(builder, key, PAIRS, 64 * c) for c in range(steps)]
-            for h in range(num_heads):
-                sums = zero
-                for c in range(steps):
-                    sums = builder.call(dot, [sums, queries[h][c], parts[c]])
-                trees[h].add(sums)
+        _loop(builder, _int(KEYS), _QUARTER, partial(quarter, here))
         for h in range(num_heads):
+            tree = LaneSums(builder)
+            for number in range(0, KEYS, _QUARTER):
+                register = _load(builder, held, _SUMS, (KEYS * h + number) * 64 // _QUARTER)
+                tree.add(register, [number + owner for owner in owners], level=2)
+            register, lanes = tree.result()
+            total = tree.shuffled(register, register, [lanes.index(i) for i in range(16)])
             row = builder.add(scores, builder.add(builder.mul(stride, _int(h)), builder.mul(first, _int(4))))
-            scaled = builder.fmul(trees[h].total(), _splat(builder, scale, _SUMS))
-            builder.store(scaled, _at(builder, row, _SUMS), align=4)
+            builder.store(builder.fmul(total, _splat(builder, scale, _SUMS)), _at(builder, row, _SUMS), align=4)
 
     _loop(builder, count, KEYS, body)
 
 
-class _Tree:
-    """Sums of the lanes of 16 registers, as the lanes of one. Registers come one by one and meet in pairs, so that few
-    are held: at each level half the lanes of both make one register."""
-
-    # For a pair of registers (lanes 0-15 and 16-31), the lanes that are added to one another; all are single
-    # instructions of the processor: halves, quarters, then pairs and single lanes within quarters.
-    _LEVELS = (
-        ([*range(8), *range(16, 24)], [*range(8, 16), *range(24, 32)]),
-        ([q * 4 + i for q in (0, 2, 4, 6) for i in range(4)], [q * 4 + i for q in (1, 3, 5, 7) for i in range(4)]),
-        ([q * 4 + i for q in range(4) for i in (0, 1, 16, 17)], [q * 4 + i for q in range(4) for i in (2, 3, 18, 19)]),
-        ([q * 4 + i for q in range(4) for i in (0, 2, 16, 18)], [q * 4 + i for q in range(4) for i in (1, 3, 17, 19)]),
-    )
-
-    def __init__(self, builder: Any) -> None:
-        self._builder = builder
-        self._held: list[tuple[int, Any, list[int]]] = []  # level, register, and whose sum each lane is part of
-        self._count = 0
-
-    def add(self, register: Any) -> None:
-        level, owners = 0, [self._count] * 16
-        self._count += 1
-        while self._held and self._held[-1][0] == level:
-            _, other, others = self._held.pop()
-            near, far = self._LEVELS[level]
-            both = others + owners
-            owners = [both[lane] for lane in near]
-            assert owners == [both[lane] for lane in far]
-            register = self._builder.fadd(self._shuffled(other, register, near), self._shuffled(other, register, far))
-            level += 1
-        self._held.append((level, register, owners))
-
-    def total(self) -> Any:
-        """Lane i: the sum of the register added as number i."""
-        ((_, register, owners),) = self._held
-        return self._shuffled(register, register, [owners.index(i) for i in range(16)])
-
-    def _shuffled(self, a: Any, b: Any, lanes: list[int]) -> Any:
-        return self._builder.shuffle_vector(a, b, ir.Constant(_WORDS, lanes))
+def _dots(builder: Any, queries: list[list[Any]], keys: Any, slots: Any, slot_stride: Any) -> list[LaneSums]:
+    """For each query the products with _QUARTER keys, on the way to being summed."""
+    dot, zero = declare_dot(builder), ir.Constant(_SUMS, None)
+    trees = [LaneSums(builder) for _ in queries]
+    for i in range(_QUARTER):
+        key = _place(builder, keys, slots, i, slot_stride)
+        _fetch(builder, _place(builder, keys, slots, i + AHEAD, slot_stride), len(queries[0]))
+        parts = [_load(builder, key, PAIRS, 64 * c) for c in range(len(queries[0]))]
+        for query, tree in zip(queries, trees, strict=True):
+            sums = zero
+            for each, part in zip(query, parts, strict=True):
+                sums = builder.call(dot, [sums, each, part])
+            tree.add(sums, [i] * 16, level=0)
+    return trees
 
 
 def _emit_mix(
-    builder: Any, weights: Any, weight_stride: Any, values: Any, slots: Any, slot_stride: Any, count: Any, out: Any,
-    out_stride: Any, num_heads: int, steps: int,
+    builder: Any, weights: Any, weight_stride: Any, values: Any, slots: Any, slot_stride: Any, count: Any, totals: Any,
+    total_stride: Any, num_heads: int, steps: int,
 ) -> None:  # fmt: skip
     """The loop over values, two sums a step and head: of the even and of the odd columns."""
     fma = declare(builder, "llvm.fma.v16f32", ir.FunctionType(_SUMS, [_SUMS] * 3))
     rows = [builder.add(weights, builder.mul(weight_stride, _int(h))) for h in range(num_heads)]
-    zero = ir.Constant(_SUMS, None)
+    number = num_heads * 2 * steps
+    places = [
+        builder.add(
+            totals, builder.add(builder.mul(total_stride, _int(n // (2 * steps))), _int(64 * (n % (2 * steps))))
+        )
+        for n in range(number)
+    ]
 
     def body(i: Any, sums: list[Any]) -> list[Any]:
         here = builder.add(slots, builder.mul(i, _int(8)))
@@ -185,12 +193,9 @@ def _emit_mix(
             added += [builder.call(fma, [spread, part, total]) for part, total in zip(columns, own, strict=True)]
         return added
 
-    sums = _loop_with(builder, count, [zero] * (num_heads * 2 * steps), body)
-    for h in range(num_heads):
-        for c in range(steps):
-            even, odd = sums[2 * (h * steps + c) :][:2]
-            place = builder.add(out, builder.add(builder.mul(out_stride, _int(h)), _int(64 * c)))
-            builder.store(_narrowed(builder, even, odd), _at(builder, place, _WORDS), align=2)
+    sums = _loop_with(builder, count, [_load(builder, place, _SUMS, 0) for place in places], body)
+    for place, total in zip(places, sums, strict=True):
+        builder.store(total, _at(builder, place, _SUMS), align=2)
 
 
 def _widened(builder: Any, words: Any) -> tuple[Any, Any]:
@@ -198,15 +203,6 @@ def _widened(builder: Any, words: Any) -> tuple[Any, Any]:
     even = builder.shl(words, ir.Constant(_WORDS, [16] * 16))
     odd = builder.and_(words, ir.Constant(_WORDS, [0xFFFF0000] * 16))
     return builder.bitcast(even, _SUMS), builder.bitcast(odd, _SUMS)
-
-
-def _narrowed(builder: Any, even: Any, odd: Any) -> Any:
-    """32 bfloat16 from their even and odd ones."""
-    narrow = declare(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.FunctionType(_NARROW, [_SUMS]))
-    low, high = (
-        builder.zext(builder.bitcast(builder.call(narrow, [each]), _NARROW_BITS), _WORDS) for each in (even, odd)
-    )
-    return builder.or_(low, builder.shl(high, ir.Constant(_WORDS, [16] * 16)))
 
 
 def _place(builder: Any, base: Any, slots: Any, number: int, stride: Any) -> Any:
@@ -240,13 +236,21 @@ def _loop_with(
     i = builder.phi(_I64)
     carried = [builder.phi(start.type) for start in starts]
     ends = body(i, carried)
-    following = builder.add(i, _int(step))
+    following, last = builder.add(i, _int(step)), builder.block
     builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
     for phi, start, end in zip([i, *carried], [_int(0), *starts], [following, *ends], strict=True):
         phi.add_incoming(start, before)
-        phi.add_incoming(end, loop)
+        phi.add_incoming(end, last)
     builder.position_at_end(after)
     return ends
+
+
+def _sizes(cache: Any, dims: Sequence[int]) -> list[tuple[int, int]]:
+    """(heads, steps of LANES elements) that code is written for: none for a cache of float32, or without the
+    instruction; such calls stand in code that is never reached."""
+    steps = [dim // LANES for dim in dims]
+    is_served = cache.dtype == types.uint16 and is_supported()
+    return [(h, s) for h in range(1, MAX_HEADS + 1) for s in steps] if is_served else []
 
 
 def _number(heads: int, steps: int) -> int:
@@ -261,7 +265,7 @@ def _switch(builder: Any, value: Any, cases: dict[int, Callable[[], None]]) -> N
     """The code of every case, and the choice between them."""
     end = builder.append_basic_block("case.end")
     switch = builder.switch(value, end)
-    for number, emit in cases.items() if is_supported() else ():
+    for number, emit in cases.items():
         block = builder.append_basic_block(f"case.{number}")
         switch.add_case(_int(number), block)
         builder.position_at_end(block)

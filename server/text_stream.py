@@ -40,16 +40,26 @@ class _Decoder(Protocol):
 
 
 class _ByteDecoder:
-    """Byte-level: text is the UTF-8 decoding of the tokens' bytes, so a decoder with four bytes of memory will do."""
+    """Byte-level: text is the UTF-8 decoding of the tokens' bytes, so a decoder with four bytes of memory will do.
+
+    Nearly every token is whole characters, and is looked up; the decoder sees those that are not, and what ends them.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._token_bytes = tokenizer.token_bytes
+        self._whole_text = tokenizer.whole_text
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._is_midway = False  # the decoder holds the begin of a character
 
     def push(self, token_id: int) -> str:
-        return self._utf8.decode(self._token_bytes(token_id))
+        if not self._is_midway and (text := self._whole_text(token_id)) is not None:
+            return text
+        text = self._utf8.decode(self._token_bytes(token_id))
+        self._is_midway = bool(self._utf8.getstate()[0])
+        return text
 
     def flush(self) -> str:
+        self._is_midway = False
         return self._utf8.decode(b"", final=True)
 
 
@@ -184,13 +194,16 @@ class TextStream:
         `num_tokens` of the delta is how many of `token_ids` were used: all, or up to the one that completed the stop
         string. After a stop string further tokens bring nothing.
         """
+        if not self._matchers:  # nothing to look for, so nothing is held back
+            whole = "".join(map(self._decode, token_ids))
+            return TextDelta(whole + self._decoder.flush() if finished else whole, None, len(token_ids))
         parts: list[str] = []
         num_tokens = 0
         for token_id in token_ids:
             if self._is_stopped:
                 break
             num_tokens += 1
-            text = "" if token_id in self._skipped else self._decoder.push(token_id)
+            text = self._decode(token_id)
             if self._num_unmatched:
                 self._num_unmatched -= 1
                 parts.append(text)
@@ -202,14 +215,15 @@ class TextStream:
             self._held = ""
         return TextDelta("".join(parts), self._stopped, num_tokens)
 
+    def _decode(self, token_id: int) -> str:
+        return "" if token_id in self._skipped else self._decoder.push(token_id)
+
     @property
     def _is_stopped(self) -> bool:
         return self._stopped is not None
 
     def _take(self, text: str) -> str:
         """Add decoded text; return what of all that is held can no longer be part of a stop string."""
-        if not self._matchers:
-            return text
         for at, char in enumerate(text, 1):
             completed = [matcher for matcher in self._matchers if matcher.push(char)]
             if completed:

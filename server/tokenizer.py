@@ -100,6 +100,7 @@ class Tokenizer:
         self.max_id: int = max(ids)  # the model may have more rows than this
         added = hf.added_tokens_decoder
         self._token_bytes = {token_id: token.content.encode() for token_id, token in added.items()}  # grows with use
+        self._whole_texts: dict[int, str | None] = {}  # grows with use
         self.special_ids: frozenset[int] = frozenset(hf.all_special_ids) | {i for i, t in added.items() if t.special}
 
     @classmethod
@@ -138,6 +139,13 @@ class Tokenizer:
         if piece is None:
             return b""
         return self._token_bytes.setdefault(token_id, self._piece_bytes(piece))
+
+    def whole_text(self, token_id: int) -> str | None:
+        """What `token_bytes` spells; None when that is not whole characters, and then it is text only in company."""
+        try:
+            return self._whole_texts[token_id]
+        except KeyError:
+            return self._whole_texts.setdefault(token_id, _whole(self.token_bytes(token_id)))
 
     def _piece_bytes(self, piece: str) -> bytes:
         if self.is_byte_level and not set(piece) - _BYTE_OF_CHAR.keys():
@@ -198,6 +206,13 @@ class Tokenizer:
         except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             raise _refused(error) from error
         return str(text)
+
+
+def _whole(token_bytes: bytes) -> str | None:
+    try:
+        return token_bytes.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _refused(error: Exception) -> BadRequest:

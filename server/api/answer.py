@@ -18,7 +18,7 @@ from server.api.sse import CountError, SSEResponse
 class Writer(Protocol):
     """One request's choices in the shape of its route."""
 
-    def chunks(self) -> AsyncIterator[dict[str, Any]]: ...
+    def events(self) -> AsyncIterator[bytes]: ...
 
     def reply(self, results: list[ChoiceResult]) -> dict[str, Any]: ...
 
@@ -29,7 +29,7 @@ async def answer(
     """Raises ClientGone when the client leaves before a whole reply; a stream looks after that itself."""
     headers = adapter_headers(generation)
     if is_stream:
-        return SSEResponse(writer.chunks(), close=generation.close, count_error=count_error, headers=headers)
+        return SSEResponse(writer.events(), close=generation.close, count_error=count_error, headers=headers)
     try:
         results = await run_while_connected(request.receive, collect(generation))
     finally:

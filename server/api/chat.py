@@ -5,6 +5,7 @@ Knows nothing of scheduling or sampling: it validates, encodes, and writes what 
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -13,6 +14,7 @@ from starlette.responses import Response
 from server.api.answer import answer
 from server.api.auth import Role, role_router
 from server.api.context import ServerContext, server_context
+from server.api.event import EventTemplate, event
 from server.api.generation import (
     ChoiceDelta,
     ChoiceResult,
@@ -73,6 +75,7 @@ class _Writer:
         self._body = body
         self._generation = generation
         self._envelope = envelope
+        self._templates: dict[int, EventTemplate] = {}  # choice → its plain chunks
 
     def reply(self, results: list[ChoiceResult]) -> dict[str, Any]:
         choices = [
@@ -87,16 +90,30 @@ class _Writer:
         ]
         return self._envelope.wrap(choices, usage=usage_body(self._generation.usage), **self._prompt_ids())
 
-    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        usage: dict[str, Any] = {"usage": None} if self._body.includes_usage else {}
+    async def events(self) -> AsyncIterator[bytes]:
         for choice in self._generation.choices:
             opening = {"index": choice.index, "delta": {"role": "assistant", "content": ""}}
-            yield self._envelope.wrap([{**opening, "logprobs": None, "finish_reason": None}], **usage)
+            yield event(self._chunk({**opening, "logprobs": None, "finish_reason": None}))
         async for delta in self._generation.deltas():
             if delta.text or delta.finish_reason or delta.logprobs or self._body.return_token_ids:
-                yield self._envelope.wrap([self._chunk_choice(delta)], **usage)
+                is_plain = delta.text and not delta.finish_reason and self.is_plain(delta.index)
+                yield self.plain_event(delta) if is_plain else event(self._chunk(self._chunk_choice(delta)))
         if self._body.includes_usage:
-            yield self._envelope.wrap([], usage=usage_body(self._generation.usage))
+            yield event(self._envelope.wrap([], usage=usage_body(self._generation.usage)))
+
+    def is_plain(self, _: int) -> bool:
+        return not (self._body.logprobs or self._body.return_token_ids)
+
+    def plain_event(self, delta: ChoiceDelta) -> bytes:
+        template = self._templates.get(delta.index)
+        if template is None:
+            template = EventTemplate(lambda text: self._chunk(self._chunk_choice(replace(delta, text=text))))
+            self._templates[delta.index] = template
+        return template.event(delta.text)
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        usage = {"usage": None} if self._body.includes_usage else {}
+        return self._envelope.wrap([choice], **usage)
 
     def _chunk_choice(self, delta: ChoiceDelta) -> dict[str, Any]:
         has_logprobs = self._body.logprobs and delta.logprobs

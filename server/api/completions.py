@@ -5,6 +5,7 @@ Knows nothing of scheduling or sampling: it validates, encodes, and writes what 
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -13,6 +14,7 @@ from starlette.responses import Response
 from server.api.answer import answer
 from server.api.auth import Role, role_router
 from server.api.context import ServerContext, server_context
+from server.api.event import EventTemplate, event
 from server.api.generation import (
     ChoiceDelta,
     ChoiceResult,
@@ -91,6 +93,7 @@ class _Writer:
         self._generation = generation
         self._envelope = envelope
         self._logprobs = [CompletionLogprobs(context.tokenizer) for _ in generation.choices]
+        self._templates: dict[int, EventTemplate] = {}  # choice → its plain chunks
         self._begun = [False] * len(generation.choices)
 
     def reply(self, results: list[ChoiceResult]) -> dict[str, Any]:
@@ -109,14 +112,30 @@ class _Writer:
         ]
         return self._envelope.wrap(choices, usage=usage_body(self._generation.usage))
 
-    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        usage: dict[str, Any] = {"usage": None} if self._body.includes_usage else {}
+    async def events(self) -> AsyncIterator[bytes]:
         async for delta in self._generation.deltas():
+            if delta.text and not delta.finish_reason and self.is_plain(delta.index):
+                yield self.plain_event(delta)
+                continue
             choice = self._choice(delta)
             if choice["text"] or choice["finish_reason"] or choice["logprobs"] or self._body.return_token_ids:
-                yield self._envelope.wrap([choice], **usage)
+                yield event(self._chunk(choice))
         if self._body.includes_usage:
-            yield self._envelope.wrap([], usage=usage_body(self._generation.usage))
+            yield event(self._envelope.wrap([], usage=usage_body(self._generation.usage)))
+
+    def is_plain(self, index: int) -> bool:
+        return self._begun[index] and self._body.logprobs is None and not self._body.return_token_ids
+
+    def plain_event(self, delta: ChoiceDelta) -> bytes:
+        template = self._templates.get(delta.index)
+        if template is None:
+            template = EventTemplate(lambda text: self._chunk(self._choice(replace(delta, text=text))))
+            self._templates[delta.index] = template
+        return template.event(delta.text)
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        usage = {"usage": None} if self._body.includes_usage else {}
+        return self._envelope.wrap([choice], **usage)
 
     def _choice(self, delta: ChoiceDelta) -> dict[str, Any]:
         """The next piece of a choice; with `echo`, the first piece begins with the prompt."""

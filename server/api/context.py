@@ -65,7 +65,9 @@ class ServerContext:
     model_name: str  # the first served name, the one replies carry
 
 
-def server_context(request: HTTPRequest) -> ServerContext:
-    """FastAPI dependency: `context: Annotated[ServerContext, Depends(server_context)]`."""
+async def server_context(request: HTTPRequest) -> ServerContext:
+    """FastAPI dependency: `context: Annotated[ServerContext, Depends(server_context)]`. A coroutine, as FastAPI runs
+    plain functions in another thread.
+    """
     context: ServerContext = request.app.state.context
     return context

@@ -154,12 +154,11 @@ class Generation:
     def adapter_version(self) -> str | None:
         return None if self.lease is None else self.lease.ref.version
 
-    async def deltas(self) -> AsyncIterator[ChoiceDelta]:
+    def deltas(self) -> AsyncIterator[ChoiceDelta]:
         """The deltas of all choices as they come; raises EngineFailure or Unavailable when one of them is lost."""
-        if len(self.choices) == 1:
-            async for delta in self.choices[0].deltas():
-                yield delta
-            return
+        return self.choices[0].deltas() if len(self.choices) == 1 else self._merged()
+
+    async def _merged(self) -> AsyncIterator[ChoiceDelta]:
         merged: asyncio.Queue[ChoiceDelta | Exception] = asyncio.Queue(_MAX_BUFFERED)
         self._pumps.extend(asyncio.create_task(_pump(choice, merged)) for choice in self.choices)
         num_open = len(self.choices)

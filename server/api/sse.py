@@ -1,15 +1,13 @@
 """Server-sent events for both routes: `data: {json}` chunks, then `data: [DONE]`, or one error event and no [DONE].
 
-Knows nothing of what the chunks say. The response watches its client from the first moment: gone, or not reading for
-`STALL_SECONDS`, and the work behind it is closed at once.
+Knows nothing of what the chunks say; it is given each as an event. The response watches its client from the first
+moment: gone, or not reading for `STALL_SECONDS`, and the work behind it is closed at once.
 """
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any
 
 from fastapi.sse import format_sse_event
 from starlette.responses import StreamingResponse
@@ -17,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.api.disconnect import ClientGone, run_while_connected
 from server.api.error_handlers import INTERNAL_ERROR_MESSAGE, error_body, server_error_body
+from server.api.event import event
 from server.errors import ServerError
 
 logger = logging.getLogger(__name__)
@@ -33,19 +32,19 @@ _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 class SSEResponse(StreamingResponse):
-    """Streams `chunks`; calls `close` exactly when the response is over, however it ends, even if it never began."""
+    """Streams `events`; calls `close` exactly when the response is over, however it ends, even if it never began."""
 
     media_type = "text/event-stream"
 
     def __init__(
         self,
-        chunks: AsyncIterator[dict[str, Any]],
+        events: AsyncIterator[bytes],
         *,
         close: Callable[[], None],
         count_error: CountError,
         headers: Mapping[str, str],
     ) -> None:
-        super().__init__(_events(chunks, count_error), headers={**_HEADERS, **headers})
+        super().__init__(_to_the_end(events, count_error), headers={**_HEADERS, **headers})
         self._close = close
         self._last_sent: float | None = None  # None: not begun, or over
 
@@ -78,21 +77,17 @@ class SSEResponse(StreamingResponse):
                 await send({"type": "http.response.body", "body": _KEEP_ALIVE, "more_body": True})
 
 
-def _event(payload: Mapping[str, Any]) -> bytes:
-    return format_sse_event(data_str=json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
-
-
-async def _events(chunks: AsyncIterator[dict[str, Any]], count_error: CountError) -> AsyncIterator[bytes]:
+async def _to_the_end(events: AsyncIterator[bytes], count_error: CountError) -> AsyncIterator[bytes]:
     """An error is counted under the status it would have had, had the reply not begun with 200."""
     try:
-        async for chunk in chunks:
-            yield _event(chunk)
+        async for each in events:
+            yield each
     except ServerError as error:
         count_error(error.status, error.code)
-        yield _event(server_error_body(error))
+        yield event(server_error_body(error))
     except Exception:
         logger.exception("a stream failed")
         count_error(500, "internal_error")
-        yield _event(error_body(INTERNAL_ERROR_MESSAGE, error_type="server_error", code="internal_error"))
+        yield event(error_body(INTERNAL_ERROR_MESSAGE, error_type="server_error", code="internal_error"))
     else:
         yield _DONE

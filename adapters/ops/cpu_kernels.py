@@ -48,7 +48,7 @@ TILE_FIELDS = 3
 _MANY = 2**40  # elements of an array whose length nobody asks for
 
 
-@njit(**INLINED)
+@njit(**OPTIONS)
 def _shrink_row(x_row: Any, a_row: Any) -> Any:
     """x · a in float32."""
     total = np.float32(0)
@@ -57,7 +57,7 @@ def _shrink_row(x_row: Any, a_row: Any) -> Any:
     return total
 
 
-@njit(**INLINED)
+@njit(**OPTIONS)
 def _shrink(x_row: Any, a_rows: Any, shrunk: Any, plan: Any) -> None:
     """shrunk = x · a_rowsᵀ in float32. bfloat16 goes four ranks at once, its last features and ranks one by one.
 
@@ -94,7 +94,7 @@ def _shrink_entries(shrunk: Any, x_row: Any, a_pool: Any, ranks: Any, starts: An
         at += rank
 
 
-@njit(**INLINED)
+@njit(**OPTIONS)
 def _expand_columns(y: Any, shrunk: Any, b_pool: Any, ranks: Any, starts: Any, first: int) -> None:
     """y += Σ_e shrunk_e · B_e from column `first` on, one by one."""
     for o in range(first, y.shape[0]):
@@ -136,7 +136,7 @@ def _total_rank(ranks: Any, starts: Any) -> Any:
     return total
 
 
-@njit(**INLINED)
+@njit(**OPTIONS)
 def _plan_token(plan: Any, fields: Any, ranks: Any, starts: Any, itemsize: int) -> None:
     """Append the rows of a token's adapters in the order in which they are computed."""
     a_bytes = fields[IN_FEATURES] * itemsize
@@ -149,7 +149,7 @@ def _plan_token(plan: Any, fields: Any, ranks: Any, starts: Any, itemsize: int) 
             append(plan, fields[at + B_POOL] + starts[e] * b_bytes, ranks[module, starts[e]] * b_bytes)
 
 
-@njit(**INLINED)
+@njit(**OPTIONS)
 def _starts(step: Any, chunk: int) -> Any:
     """Where the rows of the adapters of a chunk's token begin; none where there is no such chunk."""
     starts, indptr = carray(pointer(step[STARTS]), _MANY, np.int32), carray(pointer(step[INDPTR]), _MANY, np.int32)
@@ -178,7 +178,7 @@ def _add_modules(
             _expand_entries(y, sums, shrunk, b_pool, ranks[module], starts, plan)
 
 
-@njit(**INLINED)
+@njit(**OPTIONS)
 def _add_token(arguments: int, chunk: int, kind: Any) -> None:
     """The deltas of one token; a module that none of its adapters targets keeps its bits."""
     fields = carray(pointer(arguments), _MANY, np.int64)
@@ -210,7 +210,7 @@ def tiles_fit(is_bf16: bool, out_features: Sequence[int]) -> bool:
     return is_bf16 and is_supported() and all(width % WIDTH == 0 for width in out_features)
 
 
-@njit(**INLINED)
+@njit(**OPTIONS)
 def _expand_tile(y: Any, shrunk: Any, b_rows: Any) -> None:
     """y [count, out_features], flat, += shrunk [count, ranks] · b_rows [ranks, out_features], ranks even.
 
@@ -226,7 +226,7 @@ def _expand_tile(y: Any, shrunk: Any, b_rows: Any) -> None:
             )  # fmt: skip
 
 
-@njit(**INLINED)
+@njit(**OPTIONS)
 def _add_tile(arguments: int, chunk: int) -> None:
     """The deltas of up to TILE tokens of one segment, bfloat16; the shrunk rows are rounded in between.
 

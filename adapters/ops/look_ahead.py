@@ -14,7 +14,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, types
 
 from adapters.ops.bf16_dot import declare
-from adapters.ops.numba_kernels import INLINED
+from adapters.ops.numba_kernels import INLINED, OPTIONS
 
 DISTANCE = 3 << 12
 """Bytes from what is computed to what is asked for. With 8 KiB wide modules are slower, with 24 narrow ones."""
@@ -31,13 +31,13 @@ _intrinsic: Any = numba.extending.intrinsic
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
 
-@njit(**INLINED)
+@njit(**OPTIONS)
 def plan_fields(num_stretches: int) -> int:
     """How many int64 a plan of so many stretches takes."""
     return _STRETCHES + 2 * num_stretches
 
 
-@njit(**INLINED)
+@njit(**OPTIONS)
 def clear(plan: Any) -> None:
     plan[_CURRENT] = plan[_COUNT] = 0
 
@@ -66,7 +66,7 @@ def take(plan: Any, num_bytes: int) -> None:
     plan[_POSITION] = min(after, end)
 
 
-@njit(**INLINED)
+@njit(**OPTIONS)
 def begin_plan(plan: Any, is_fetched: bool) -> None:
     """Ask for the first DISTANCE bytes, unless an earlier plan, which ran on to this one, has."""
     if plan[_COUNT] == 0:

@@ -9,7 +9,8 @@ OPTIONS: dict[str, Any] = {"fastmath": True, "nogil": True, "error_model": "nump
 """How every kernel, and every function inlined into one, is compiled."""
 
 INLINED: dict[str, Any] = {**OPTIONS, "inline": "always"}
-"""For small functions that take arrays: a call of its own counts the owners of each array up and down again."""
+"""For small functions on the hot path that take arrays: a call counts the owners of each array up and down again.
+Not for one that works on addresses of an array its caller made: numba frees that after its last use by name."""
 
 
 def kernel() -> Callable[[Callable[..., None]], Any]:

@@ -8,6 +8,7 @@ nor transformers ever sees the folder. Knows nothing of names, leases or devices
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from adapters.adapter_folder import AdapterFolder
 from adapters.adapter_ref import AdapterVersion
 from adapters.errors import AdapterRefused, RefusalCode
+from adapters.host_memory import HostMemory
 from adapters.load_report import LoadReport, absent_targets, delta_norms, report_of
 from adapters.lora_config import CONFIG_NAME, MAX_CONFIG_BYTES, LoRAConfig
 from adapters.lora_model import LoRAModel, LoRAWeights
@@ -177,12 +179,14 @@ def _read_modules(
     ready: dict[str, Tensor] = {}
     scales = {pair.lora_a.entry.name: None for pair in pairs} | {p.lora_b.entry.name: p.scale for p in pairs}
     stored_by_name = {stored.entry.name: stored for pair in pairs for stored in (pair.lora_a, pair.lora_b)}
+    sizes = (prod(stored.entry.shape) * dtype.itemsize for stored in stored_by_name.values())
+    memory = HostMemory(sum(map(HostMemory.taken, sizes)))  # of its own, so that it is given back with the adapter
     for name in sorted(stored_by_name):
         stored = stored_by_name[name]
         data = stored.read()
         shape = ",".join(map(str, stored.entry.shape))
         _feed(digest, [name.encode(), stored.entry.dtype.encode(), shape.encode(), data])
-        ready[name] = _prepare(stored.as_tensor(data), name, scales[name], dtype)
+        ready[name] = memory.keep(_prepare(stored.as_tensor(data), name, scales[name], dtype))
     modules = {pair.module: LoRAWeights(ready[pair.lora_a.entry.name], ready[pair.lora_b.entry.name]) for pair in pairs}
     return AdapterVersion(digest.hexdigest()), modules
 
@@ -198,7 +202,7 @@ def _prepare(tensor: Tensor, name: str, scale: float | None, dtype: torch.dtype)
     """A [r, in] is cast; B [out, r] becomes (scale · B)ᵀ [r, out], scaled in float32 and then cast."""
     _check_finite(tensor, name, f"as stored ({str(tensor.dtype).removeprefix('torch.')})")
     scaled = tensor if scale is None else (tensor.float() * scale).T
-    ready = scaled.to(dtype).contiguous()
+    ready = scaled.to(dtype)
     _check_finite(ready, name, f"after scaling and casting to {str(dtype).removeprefix('torch.')}")
     return ready
 

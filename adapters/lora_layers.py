@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.adapter_ref import AdapterVersion
+from adapters.host_memory import HostMemory
 from adapters.lora_group import STATE, GroupLoRA, LoRALinear, ModuleLoRA, Step
 from adapters.lora_model import LoRAModel
 from adapters.module_names import BaseModules, LinearShape
@@ -31,6 +32,7 @@ class LoRALayers:
         self.num_rows = num_rows
         self.ops = ops
         self._shapes = base.linears
+        self._memory = HostMemory()
         self._step = Step()
         self._written: dict[int, LoRAModel] = {}  # first row → the adapter whose numbers stand there
         self._groups = [self._group([linears[name] for name in names], names, ops) for names in _all_groups(base)]
@@ -129,12 +131,16 @@ class LoRALayers:
 
     def _group(self, linears: Sequence[nn.Module], names: Sequence[str], ops: LoRAOps) -> GroupLoRA:
         weight = linears[0].get_parameter("weight")
-        placed: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
         in_features = self._shapes[names[0]].in_features
-        # empty, not zeros: on CPU untouched pages take no memory, and no row is read before it is written.
+
+        def empty(*shape: int) -> Tensor:  # not zeros: no row is read before it is written
+            if weight.device.type == "cpu":
+                return self._memory.empty(*shape, dtype=weight.dtype)
+            return torch.empty(shape, dtype=weight.dtype, device=weight.device)
+
         pools = LoRAPools(
-            a_pool=torch.empty(len(names), self.num_rows, in_features, **placed),
-            b_pools=tuple(torch.empty(self.num_rows, self._shapes[name].out_features, **placed) for name in names),
+            a_pool=empty(len(names), self.num_rows, in_features),
+            b_pools=tuple(empty(self.num_rows, self._shapes[name].out_features) for name in names),
             ranks=torch.zeros(len(names), self.num_rows, dtype=torch.int32, device=weight.device),
         )
         return GroupLoRA(self._step, pools, ops.bind(pools), [_own_forward(linear) for linear in linears])

@@ -14,7 +14,7 @@ from adapters.ops import cpu_kernels as kernels
 from adapters.ops.interface import LoRAPools, check_tokens
 from adapters.ops.thread_team import KernelArguments, current_team
 
-_KERNELS = {torch.bfloat16: kernels.add_bf16.address, torch.float32: kernels.add_f32.address}
+_KERNELS = {torch.bfloat16: kernels.add_bf16, torch.float32: kernels.add_f32}
 
 
 class StagedBatch:
@@ -38,7 +38,7 @@ class StagedBatch:
 class CPULoRA:
     """One group's pools with the addresses the kernel reads, taken once because pools never move."""
 
-    __slots__ = ("_arguments", "_fields", "_kernel", "_pools", "_ranks", "_run", "_tiles_fit", "_y_fields")
+    __slots__ = ("_arguments", "_fields", "_kernel", "_pools", "_ranks", "_run", "_tile_kernel", "_y_fields")
 
     def __init__(self, pools: LoRAPools) -> None:
         dtype = pools.a_pool.dtype
@@ -46,7 +46,7 @@ class CPULoRA:
             raise ValueError(f"LoRA pools of {dtype} cannot be served on CPU: load the base in bfloat16 or float32")
         self._pools = pools
         self._ranks = pools.ranks.numpy()  # [num_modules, R]
-        self._kernel, self._run = _KERNELS[dtype], current_team().run
+        self._kernel, self._run = _KERNELS[dtype].address, current_team().run
         self._fields = np.zeros(kernels.MODULES + pools.num_modules * kernels.MODULE, np.int64)
         self._arguments = KernelArguments(self._fields)
         self._fields[kernels.A_POOL : kernels.MODULES] = (
@@ -55,7 +55,8 @@ class CPULoRA:
             *pools.a_pool.shape,
             current_team().num_threads,
         )
-        self._tiles_fit = kernels.tiles_fit(dtype is torch.bfloat16, pools.out_features)
+        fits = kernels.tiles_fit(dtype is torch.bfloat16, pools.out_features)
+        self._tile_kernel = kernels.add_tile_bf16.address if fits else None
         self._y_fields = slice(kernels.MODULES + kernels.Y, None, kernels.MODULE)
         self._fields[kernels.MODULES + kernels.B_POOL :: kernels.MODULE] = [b.data_ptr() for b in pools.b_pools]
         self._fields[kernels.MODULES + kernels.OUT_FEATURES :: kernels.MODULE] = pools.out_features
@@ -76,8 +77,8 @@ class CPULoRA:
         num_chunks = len(batch.rows) if batch.segments else batch.num_tokens
         if num_chunks:
             self._run(self._kernel, self._arguments, num_chunks)
-        if batch.segments and self._tiles_fit:
-            self._run(kernels.add_tile_bf16.address, self._arguments, len(batch.tiles.where))
+        if batch.segments and self._tile_kernel is not None:
+            self._run(self._tile_kernel, self._arguments, len(batch.tiles.where))
         elif batch.segments:
             x_rows = x.view(-1, in_features)
             for module, y in enumerate(ys):

@@ -256,12 +256,12 @@ def _add_tile(arguments: int, chunk: int) -> None:
         out_features = fields[at + OUT_FEATURES]
         pool = carray(pointer(fields[at + B_POOL]), (num_rows, out_features), np.uint16)
         y = carray(pointer(fields[at + Y]), _MANY, np.uint16)[begin * out_features :]
-        if padded == rank:
-            _expand_tile(y, shrunk, pool[start : start + rank])
-        else:  # the row after an odd rank is another adapter's, or nobody's: 0 times that may be NaN
-            b_rows = np.zeros((padded, out_features), np.uint16)
-            b_rows[:rank] = pool[start : start + rank]
-            _expand_tile(y, shrunk, b_rows)
+        b_rows = pool[start : start + rank]
+        if padded != rank:  # the row after an odd rank is another adapter's, or nobody's: 0 times that may be NaN
+            copy = np.zeros((padded, out_features), np.uint16)
+            copy[:rank] = b_rows
+            b_rows = copy
+        _expand_tile(y, shrunk, b_rows)
 
 
 @chunk_kernel(**OPTIONS)

@@ -184,7 +184,7 @@ def _add_f32(arguments, chunk):  # type: ignore[no-untyped-def]
     _add(arguments, chunk, np.float32)
 
 
-RMS_NORM: dict[torch.dtype, int] = {torch.bfloat16: _rms_norm_bf16.address, torch.float32: _rms_norm_f32.address}
-ROTARY: dict[torch.dtype, int] = {torch.bfloat16: _rotary_bf16.address, torch.float32: _rotary_f32.address}
-ADD: dict[torch.dtype, int] = {torch.bfloat16: _add_bf16.address, torch.float32: _add_f32.address}
+RMS_NORM = {torch.bfloat16: _rms_norm_bf16, torch.float32: _rms_norm_f32}
+ROTARY = {torch.bfloat16: _rotary_bf16, torch.float32: _rotary_f32}
+ADD = {torch.bfloat16: _add_bf16, torch.float32: _add_f32}
 """Chunk kernels by dtype."""

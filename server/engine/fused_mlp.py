@@ -91,7 +91,7 @@ def _combine_on(team: ThreadTeam) -> Combine:
         out = torch.empty_like(gate)
         size = gate.numel()
         arguments.fields[:] = (out.data_ptr(), gate.data_ptr(), up.data_ptr(), size)
-        team.run(kernels.SILU_TIMES, arguments, -(-size // kernels.CHUNK))
+        team.run(kernels.silu_times.address, arguments, -(-size // kernels.CHUNK))
         return out
 
     return combine

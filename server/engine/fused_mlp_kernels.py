@@ -14,7 +14,7 @@ CHUNK = 4096
 
 
 @chunk_kernel(**EXACT)
-def _silu_times(arguments, chunk):  # type: ignore[no-untyped-def]
+def silu_times(arguments, chunk):  # type: ignore[no-untyped-def]
     """silu(x) = x / (1 + e^-x), by e^-|x| so that nothing overflows; rounded, then multiplied and rounded."""
     fields = carray(pointer(arguments), NUM_FIELDS, np.int64)
     begin = chunk * CHUNK
@@ -27,7 +27,3 @@ def _silu_times(arguments, chunk):  # type: ignore[no-untyped-def]
         e = exp(-abs(x)) if x > _SMALLEST else np.float32(0.0)
         sigmoid = (np.float32(1.0) if x >= 0 else e) / (np.float32(1.0) + e)
         out[i] = narrow(widen(narrow(x * sigmoid, out)) * widen(up[i]), out)
-
-
-SILU_TIMES: int = _silu_times.address
-"""The chunk kernel."""

@@ -85,7 +85,7 @@ def _forms(module: nn.Module) -> list[NormForm]:
     is_known = weight.device.type == "cpu" and weight.dtype in kernels.RMS_NORM
     if not is_known or weight.requires_grad or not weight.is_contiguous():
         return []
-    known = (kernels.RMS_NORM[weight.dtype], weight.dtype, weight.numel(), eps)
+    known = (kernels.RMS_NORM[weight.dtype].address, weight.dtype, weight.numel(), eps)
     forms = ((0.0, True), (1.0, False), (0.0, False))
     return [NormForm(*known, *form, _arguments(eps, *form)) for form in forms]
 

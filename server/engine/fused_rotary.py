@@ -60,7 +60,7 @@ def _fused_class(stock: type[Any], dtype: torch.dtype) -> type[nn.Module] | None
 
 def _rotate_by_kernel(own: Rotate, dtype: torch.dtype) -> Rotate:
     """A function in the place of `own`, which goes on to serve what the kernel does not."""
-    kernel = kernels.ROTARY[dtype]
+    kernel = kernels.ROTARY[dtype].address
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
         """q [1, num_heads, num_tokens, head_dim] · cos + rotate_half(q) · sin, k likewise; cos [1, num_tokens, dim]."""

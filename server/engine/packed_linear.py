@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adapters.host_memory import HostMemory
 from adapters.ops import bf16_dot
 from adapters.ops.thread_team import ThreadTeam
 from server.engine import panel_linear
@@ -61,10 +62,12 @@ def _pack_panels(model: nn.Module, groups: Sequence[Sequence[str]], team: Thread
     grouped = [[model.get_submodule(name) for name in names] for names in groups]
     members = {id(linear) for group in grouped for linear in group}
     alone = [[module] for module in model.modules() if id(module) not in members]
-    num_packed = 0
+    memory, num_packed = HostMemory(), 0
     for group in [*grouped, *alone]:
         linears = [each for each in group if type(each) is nn.Linear and panel_linear.fits(each)]
-        if linears and panel_linear.pack_group(linears, team, keep_weights=[kept[id(each)] for each in linears]):
+        if linears and panel_linear.pack_group(
+            linears, team, memory, keep_weights=[kept[id(each)] for each in linears]
+        ):
             num_packed += len(linears)
     return num_packed
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adapters.host_memory import HostMemory
 from adapters.ops.bf16_tile import WIDTH, panels_at_once
 from adapters.ops.thread_team import KernelArguments, ThreadTeam
 from adapters.shared_result import SharedResult
@@ -33,11 +34,11 @@ class PanelLinear(nn.Linear):
 class _Product:
     """y_m = x · W_mᵀ + b_m for the linears m that read one input, as one call of a kernel."""
 
-    def __init__(self, linears: Sequence[nn.Linear], team: ThreadTeam) -> None:
-        self._run, self._kernel = team.run, kernels.PRODUCT
+    def __init__(self, linears: Sequence[nn.Linear], team: ThreadTeam, memory: HostMemory) -> None:
+        self._run, self._kernel = team.run, kernels.product.address
         self._in_features = linears[0].in_features
         self._out_features = [linear.out_features for linear in linears]
-        self.weights = [_pack(linear.weight) for linear in linears]  # [out / WIDTH, in / 2, WIDTH, 2] bfloat16
+        self.weights = [_pack(linear.weight, memory) for linear in linears]  # [out / WIDTH, in / 2, WIDTH, 2] bfloat16
         self._biases = [_bias(linear) for linear in linears]  # float32 [out_features]
         self._arguments = KernelArguments(np.zeros(kernels.MODULES + len(linears) * kernels.MODULE, np.int64))
         self._fields = self._arguments.fields
@@ -77,10 +78,12 @@ def fits(linear: nn.Linear) -> bool:
     return shape_fits and weight.dtype is torch.bfloat16 and weight.device.type == "cpu"
 
 
-def pack_group(linears: Sequence[nn.Linear], team: ThreadTeam, *, keep_weights: Sequence[bool]) -> bool:
+def pack_group(
+    linears: Sequence[nn.Linear], team: ThreadTeam, memory: HostMemory, *, keep_weights: Sequence[bool]
+) -> bool:
     """Let these linears, which read one input, be computed as one product; False, and nothing changed, when the
     product does not agree with their own."""
-    product = _Product(linears, team)
+    product = _Product(linears, team, memory)
     if not _agrees(linears, product):
         return False
     shared = SharedResult(product)
@@ -92,11 +95,11 @@ def pack_group(linears: Sequence[nn.Linear], team: ThreadTeam, *, keep_weights: 
     return True
 
 
-def _pack(weight: Tensor) -> Tensor:
+def _pack(weight: Tensor, memory: HostMemory) -> Tensor:
     """[out, in] → [out / 32, in / 2, 32, 2]: for each pair of inputs, the pairs of a panel's weights side by side."""
     out_features, in_features = weight.shape
     panels = weight.detach().view(out_features // WIDTH, WIDTH, in_features // 2, 2)
-    return panels.permute(0, 2, 1, 3).contiguous()
+    return memory.keep(panels.permute(0, 2, 1, 3))
 
 
 def _bias(linear: nn.Linear) -> Tensor:

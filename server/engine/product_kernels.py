@@ -35,7 +35,7 @@ def _multiply_rows(fields, at_once, weight, bias, y, y_stride, following):  # ty
 
 
 @chunk_kernel(error_model="numpy", boundscheck=False)
-def _product(arguments, chunk):  # type: ignore[no-untyped-def]
+def product(arguments, chunk):  # type: ignore[no-untyped-def]
     """PANELS panels of one of the modules, or the fewer at its end, for all rows."""
     fields = carray(pointer(arguments), _NUM_FIELDS, np.int64)
     at_once = fields[PANELS]
@@ -56,7 +56,3 @@ def _product(arguments, chunk):  # type: ignore[no-untyped-def]
         y_stride = 2 * fields[module + OUT_FEATURES]
         _multiply_rows(fields, at_once, weight, bias, y, y_stride, following)
         panel += at_once
-
-
-PRODUCT: int = _product.address
-"""The chunk kernel; arguments as the fields above say."""

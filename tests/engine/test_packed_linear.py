@@ -155,7 +155,7 @@ def test_a_product_that_disagrees_is_not_trusted(
         return multiply(x, packed, bias) * 1.5
 
     monkeypatch.setattr(packed_linear, "_multiply", planted)
-    monkeypatch.setattr(panel_linear, "_pack", lambda weight: pack(weight) * 1.5)
+    monkeypatch.setattr(panel_linear, "_pack", lambda weight, memory: pack(weight, memory) * 1.5)
     model = nn.Sequential(linear(8, 32, torch.bfloat16), linear(8, 32, torch.bfloat16))
     assert pack_linears(model) == PackedCount(panels=0, onednn=0)
     assert all(type(module) is nn.Linear for module in model)

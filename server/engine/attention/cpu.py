@@ -17,6 +17,7 @@ from torch.nn import functional
 from adapters.ops import bf16_dot
 from adapters.ops.thread_team import KernelArguments, current_team
 from server.engine.attention import cpu_kernels as kernels
+from server.engine.attention import decode_bf16
 from server.engine.attention import prefill_kernels as prefill
 from server.engine.attention.interface import AttentionMetadata, KVLayer
 from server.engine.attention.reference import attend_dense, visible_mask
@@ -83,8 +84,8 @@ class _StepPlan:
 
 
 _KERNELS = {
-    torch.bfloat16: (kernels.write_bf16.address, kernels.attend_bf16.address),
-    torch.float32: (kernels.write_f32.address, kernels.attend_f32.address),
+    torch.bfloat16: (kernels.write_bf16, kernels.attend_bf16),
+    torch.float32: (kernels.write_f32, kernels.attend_f32),
 }
 """(write, attend) by the dtype of cache and queries."""
 
@@ -120,7 +121,7 @@ class CPUAttention:
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         self._write_and_decode(out, q, k, v, layer, plan, scale, sliding_window, softcap, sinks)
         if plan.chunks and self._suits_kernel(q, v, sliding_window, softcap, sinks):
-            self._team.run(prefill.ATTEND_PIECES, self._arguments, len(plan.pieces) * k.shape[1])
+            self._team.run(prefill.attend_pieces.address, self._arguments, len(plan.pieces) * k.shape[1])
             return out
         for chunk in plan.chunks:
             rows = slice(chunk.begin, chunk.end)
@@ -185,10 +186,12 @@ class CPUAttention:
         )  # fmt: skip
         self._numbers[kernels.SCALE], self._numbers[kernels.SOFTCAP] = scale, softcap or 0.0
         write, attend = _KERNELS[q.dtype]
+        if q.dtype is torch.bfloat16 and bf16_dot.is_supported() and decode_bf16.suits(head_dim, v.shape[2]):
+            attend = kernels.attend_by_dots
         # All K and V stand before anything is read: a row may read a block that another row fills in this very step.
-        self._team.run(write, self._arguments, -(-len(q) // kernels.WRITE_CHUNK))
+        self._team.run(write.address, self._arguments, -(-len(q) // kernels.WRITE_CHUNK))
         if num_rows:
-            self._team.run(attend, self._arguments, num_rows * splits)
+            self._team.run(attend.address, self._arguments, num_rows * splits)
 
 
 def _attend_chunk(

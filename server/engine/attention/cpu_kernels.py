@@ -11,9 +11,8 @@ from numba import njit
 from numba.np.numpy_support import carray
 
 from adapters.ops.bf16 import narrow, pointer, widen
-from adapters.ops.bf16_dot import uses_dots
 from adapters.ops.thread_team import chunk_kernel
-from server.engine.attention.decode_bf16 import mix_by_dots, padded_slots, score_by_dots, suits
+from server.engine.attention.decode_bf16 import mix_by_dots, padded_slots, score_by_dots
 from server.engine.fast_exp import EXACT, exp
 
 (
@@ -168,18 +167,24 @@ def _attend(
     end = np.int64(context_len)
     begin = max(np.int64(0), end - window)
     slots = _slots_of(block_table, begin, end, block_size)
-    if uses_dots(k_cache) and suits(q.shape[1], out.shape[1]):
-        length = end - begin
-        slots = padded_slots(slots)
-        scores = score_by_dots(q, k_cache, slots, first, group, scale)
-        for h in range(scores.shape[0]):
-            _softmax(scores[h, :length], softcap, sinks[first * group + h])
-        mix_by_dots(out, scores, v_cache, slots, length, first, group)
-        return
     weights = _score(q, k_cache, slots, first, group, scale)
     for h in range(weights.shape[0]):
         _softmax(weights[h], softcap, sinks[first * group + h])
     _mix(out, weights, v_cache, slots, first, group)
+
+
+@njit(**EXACT)
+def _attend_by_dots(  # type: ignore[no-untyped-def]
+    out, q, k_cache, v_cache, block_table, block_size, context_len, first, group, scale, window, softcap, sinks
+):
+    """The same for bfloat16 by the processor's dot product; only where it `is_supported` and decode_bf16 `suits`."""
+    end = np.int64(context_len)
+    begin = max(np.int64(0), end - window)
+    slots = padded_slots(_slots_of(block_table, begin, end, block_size))
+    scores = score_by_dots(q, k_cache, slots, first, group, scale)
+    for h in range(scores.shape[0]):
+        _softmax(scores[h, : end - begin], softcap, sinks[first * group + h])
+    mix_by_dots(out, scores, v_cache, slots, end - begin, first, group)
 
 
 @njit(**EXACT)
@@ -202,8 +207,8 @@ def _write(arguments: int, chunk: int, kind: Any) -> None:
 
 
 @njit(**EXACT)
-def _attend_heads(arguments: int, chunk: int, kind: Any) -> None:
-    """One row's last token, for the heads of one of its splits."""
+def _heads(arguments: int, chunk: int, kind: Any) -> Any:
+    """The arguments of `_attend` for one row's last token and the heads of one of its splits."""
     fields = carray(pointer(arguments), NUM_FIELDS, np.int64)
     step = carray(pointer(fields[STEP]), NUM_STEP_FIELDS, np.int64)
     heads, kv_heads, dim, v_dim = fields[NUM_HEADS], fields[NUM_KV_HEADS], fields[HEAD_DIM], fields[V_HEAD_DIM]
@@ -220,7 +225,7 @@ def _attend_heads(arguments: int, chunk: int, kind: Any) -> None:
     group, per_chunk = heads // kv_heads, kv_heads // splits
     row, first = chunk // splits, (chunk % splits) * per_chunk
     begin, end = first * group, (first + per_chunk) * group
-    _attend(
+    return (
         out[row, begin:end], q[row, begin:end], k_cache, v_cache, block_tables[row], fields[BLOCK_SIZE],
         context_lens[row], first, group, numbers[SCALE], fields[WINDOW], numbers[SOFTCAP], sinks,
     )  # fmt: skip
@@ -238,9 +243,14 @@ def write_f32(arguments, chunk):  # type: ignore[no-untyped-def]
 
 @chunk_kernel(**EXACT)
 def attend_bf16(arguments, chunk):  # type: ignore[no-untyped-def]
-    _attend_heads(arguments, chunk, np.uint16)
+    _attend(*_heads(arguments, chunk, np.uint16))
 
 
 @chunk_kernel(**EXACT)
 def attend_f32(arguments, chunk):  # type: ignore[no-untyped-def]
-    _attend_heads(arguments, chunk, np.float32)
+    _attend(*_heads(arguments, chunk, np.float32))
+
+
+@chunk_kernel(**EXACT)
+def attend_by_dots(arguments, chunk):  # type: ignore[no-untyped-def]
+    _attend_by_dots(*_heads(arguments, chunk, np.uint16))

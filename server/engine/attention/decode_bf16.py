@@ -17,7 +17,6 @@ _SPAN = 32
 """Tokens that are read for all KV heads before the next are, since a token's heads lie together."""
 
 
-@njit(**EXACT)
 def suits(head_dim: int, v_head_dim: int) -> bool:
     """Whether the inner loops are written for heads of these sizes."""
     return (head_dim == HEAD_DIMS[0] or head_dim == HEAD_DIMS[1]) and v_head_dim % COLUMNS == 0

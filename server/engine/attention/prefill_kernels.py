@@ -113,8 +113,8 @@ def _attend_piece(out: Any, q: Any, keys: Any, values: Any, context: int, first:
 
 
 @chunk_kernel(**EXACT)
-def _attend_pieces(arguments, chunk):  # type: ignore[no-untyped-def]
-    """Piece chunk // num_kv_heads for KV head chunk % num_kv_heads."""
+def attend_pieces(arguments, chunk):  # type: ignore[no-untyped-def]
+    """Piece chunk // num_kv_heads for KV head chunk % num_kv_heads; chunks are pieces times KV heads."""
     fields = carray(pointer(arguments), NUM_FIELDS, np.int64)
     step = carray(pointer(fields[STEP]), NUM_STEP_FIELDS, np.int64)
     heads, kv_heads, dim, v_dim = fields[NUM_HEADS], fields[NUM_KV_HEADS], fields[HEAD_DIM], fields[V_HEAD_DIM]
@@ -136,7 +136,3 @@ def _attend_pieces(arguments, chunk):  # type: ignore[no-untyped-def]
     _attend_piece(
         out[begin : begin + count], q[begin : begin + count], keys, values, context, kv_head * group, group, scale
     )
-
-
-ATTEND_PIECES: int = _attend_pieces.address
-"""The chunk kernel; chunks are pieces times KV heads."""

@@ -6,6 +6,7 @@ nothing of what the tensors hold.
 """
 
 import mmap
+from contextlib import suppress
 from math import prod
 
 import numpy as np
@@ -52,5 +53,6 @@ def _map(num_bytes: int) -> npt.NDArray[np.uint8]:
     # Private: what may be shared with other processes never has huge pages.
     block = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        block.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a system without huge pages
+            block.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(block, np.uint8)

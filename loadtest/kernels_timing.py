@@ -18,7 +18,8 @@ import torch
 from numba.np.numpy_support import carray
 
 from adapters.ops.bf16 import pointer
-from adapters.ops.thread_team import KernelArguments, ThreadTeam, chunk_kernel
+from adapters.ops.chunk_kernel import chunk_kernel
+from adapters.ops.thread_team import KernelArguments, ThreadTeam
 from server.engine.recording import record
 from server.engine.tensor_arena import TensorArena
 

@@ -40,15 +40,14 @@ def fetch_add(_typing: Any, address: Any, value: Any) -> Any:
 
 @_intrinsic
 def rewrite(_typing: Any, address: Any) -> Any:
-    """Write what stands at `address` there again, unless somebody else writes meanwhile.
+    """Put 0 in the place of 0 at `address`, which changes nothing and still takes the page for writing.
 
-    Not by adding 0, which the compiler knows to be no writing.
+    Not by adding 0, which the compiler knows to be no writing, nor after reading, which has a page of zeros put there.
     """
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         target = builder.inttoptr(args[0], _I64.as_pointer())
-        here = builder.load_atomic(target, "monotonic", 8)
-        builder.cmpxchg(target, here, here, "acq_rel", "monotonic")
+        builder.cmpxchg(target, _I64(0), _I64(0), "acq_rel", "monotonic")
         return context.get_dummy_value()
 
     return types.void(types.int64), generate

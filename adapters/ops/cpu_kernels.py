@@ -15,11 +15,11 @@ from numba.np.numpy_support import carray
 from adapters.ops.bf16 import narrow, pointer, widen
 from adapters.ops.bf16_dot import LANES, ROWS_AT_ONCE, dot_rows, is_supported, uses_dots
 from adapters.ops.bf16_tile import MAX_ROWS, WIDTH, add_product
+from adapters.ops.chunk_kernel import chunk_kernel
 from adapters.ops.look_ahead import append, begin_plan, clear, fetch, plan_fields, take
 from adapters.ops.numba_kernels import INLINED, OPTIONS
 from adapters.ops.stack_memory import stack_memory
 from adapters.ops.streamed_rows import COLUMNS, add_streamed_rows, dot_streamed_rows
-from adapters.ops.thread_team import chunk_kernel
 
 (
     X,  # address of [num_tokens, in_features], rows X_STRIDE elements apart; it, y and the pools have one dtype

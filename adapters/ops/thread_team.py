@@ -25,6 +25,7 @@ import numpy.typing as npt
 from numba import types
 
 from adapters.ops.atomics import call, fetch_add, load, pause, store
+from adapters.ops.chunk_kernel import Kernel
 from adapters.ops.numba_kernels import entry_point, kernel
 
 # Fields of the shared state, each on a cache line of its own. CLAIM holds (number of chunks << 32 | next chunk): one
@@ -39,35 +40,6 @@ _sem_init: Any = types.ExternalFunction("sem_init", types.int32(types.int64, typ
 _sem_wait: Any = types.ExternalFunction("sem_wait", types.int32(types.int64))
 _sem_post: Any = types.ExternalFunction("sem_post", types.int32(types.int64))
 _sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
-
-Kernel = int
-"""The address of a chunk function (`chunk_kernel`)."""
-
-
-class ChunkKernel:
-    """`f(arguments: int64, chunk: int64)`, compiled to a C function when it is first wanted: that takes seconds, and no
-    model needs all of them."""
-
-    def __init__(self, function: Callable[..., None], options: dict[str, Any]) -> None:
-        self._function, self._options = function, options
-
-    @cached_property
-    def address(self) -> Kernel:
-        """What a team runs."""
-        return int(self._compiled.address)
-
-    @cached_property
-    def _compiled(self) -> Any:  # held, since the address is of its code
-        signature = types.void(types.int64, types.int64)
-        try:
-            return numba.cfunc(signature, cache=True, **self._options)(self._function)
-        except RuntimeError:  # no writable folder for the cache: compile in every process
-            return numba.cfunc(signature, **self._options)(self._function)
-
-
-def chunk_kernel(**options: Any) -> Callable[[Callable[..., None]], ChunkKernel]:
-    """Make a function a ChunkKernel; `options` are numba's."""
-    return lambda function: ChunkKernel(function, options)
 
 
 class KernelArguments:
@@ -190,6 +162,19 @@ def _close(state, num_helpers):  # type: ignore[no-untyped-def]
 
 Watcher = Callable[[Kernel, KernelArguments, int], None]
 
+_watching = threading.local()  # not of one team: what a thread does may be shared out among several
+
+
+@contextmanager
+def watched_kernels(watcher: Watcher) -> Iterator[None]:
+    """Tell `watcher` of every kernel that this thread has a team run inside, before it is run."""
+    assert getattr(_watching, "watcher", None) is None
+    _watching.watcher = watcher
+    try:
+        yield
+    finally:
+        _watching.watcher = None
+
 
 class ThreadTeam:
     """`num_threads` with the caller's. Helpers work for the one thread that is inside `step`; others work alone."""
@@ -203,7 +188,6 @@ class ThreadTeam:
         self._run = entry_point(_run, (int64,) * 4)
         self._run_all = entry_point(_run_all, (int64,) * 3)
         self._owner: int | None = None  # the thread inside `step`
-        self._watcher: tuple[int, Watcher] | None = None  # and its thread
         self._stepping = threading.Lock()
         self._helpers: list[threading.Thread] = []
         if self.num_threads > 1:
@@ -232,8 +216,9 @@ class ThreadTeam:
 
     def run(self, function: Kernel, arguments: KernelArguments, num_chunks: int) -> None:
         """Call `function(arguments, chunk)` for every chunk in [0, num_chunks); helpers join in inside `step`."""
-        if self._watcher is not None and self._watcher[0] == threading.get_ident():
-            self._watcher[1](function, arguments, num_chunks)
+        watcher: Watcher | None = getattr(_watching, "watcher", None)
+        if watcher is not None:
+            watcher(function, arguments, num_chunks)
         self._run(self._shared_state(), function, arguments.address, num_chunks)
 
     def run_program(self, program: KernelProgram) -> None:
@@ -243,16 +228,6 @@ class ThreadTeam:
     def _shared_state(self) -> int:
         """Where helpers look for work, 0 when none would look."""
         return self._state if self._owner is not None and self._owner == threading.get_ident() else 0
-
-    @contextmanager
-    def watched(self, watcher: Watcher) -> Iterator[None]:
-        """Tell `watcher` of every `run` of this thread inside, before it happens."""
-        assert self._watcher is None
-        self._watcher = threading.get_ident(), watcher
-        try:
-            yield
-        finally:
-            self._watcher = None
 
     @contextmanager
     def step(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ from numba import njit
 from numba.np.numpy_support import carray
 
 from adapters.ops.bf16 import narrow, pointer, widen
-from adapters.ops.thread_team import chunk_kernel
+from adapters.ops.chunk_kernel import chunk_kernel
 
 # Sums may be reordered; products that models round one by one may not be contracted into one rounding.
 _SUM: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy", "nogil": True}

@@ -4,7 +4,7 @@ import numpy as np
 from numba.np.numpy_support import carray
 
 from adapters.ops.bf16 import narrow, pointer, widen
-from adapters.ops.thread_team import chunk_kernel
+from adapters.ops.chunk_kernel import chunk_kernel
 from server.engine.fast_exp import EXACT, exp
 
 OUT, GATE, UP, SIZE, NUM_FIELDS = range(5)

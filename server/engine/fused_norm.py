@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adapters.ops.thread_team import Kernel, KernelArguments, current_team
+from adapters.ops.chunk_kernel import Kernel
+from adapters.ops.thread_team import KernelArguments, current_team
 from server.engine import fused_kernels as kernels
 
 _TRIAL_ROWS = 32

@@ -11,7 +11,7 @@ from numba.np.numpy_support import carray
 
 from adapters.ops.bf16 import pointer
 from adapters.ops.bf16_tile import MAX_ROWS, WIDTH, multiply_packed
-from adapters.ops.thread_team import chunk_kernel
+from adapters.ops.chunk_kernel import chunk_kernel
 
 _BYTES_PER_PAIR = WIDTH * 2 * 2
 

@@ -44,6 +44,7 @@ class _Step:
     logits_indices: Tensor  # int64 [num_rows]
     lora: StagedBatch | None
     recording: Recording | None = None
+    is_eager: bool = False  # it could not be recorded
 
     def fill(self, batch: ForwardBatch, input_ids: Tensor, lora: StagedBatch | None) -> None:
         self.input_ids.copy_(input_ids)
@@ -88,8 +89,8 @@ class RecordedRunner:
         """
         kind = self._kind(batch)
         step = self._steps.get(kind) if kind else None
-        if kind is None or step is None:
-            if kind is not None:
+        if kind is None or step is None or step.is_eager:
+            if kind is not None and step is None:
                 self._steps[kind] = _empty(kind)
             return self._eager.execute(batch, last_ids)
         input_ids = torch.from_numpy(batch.input_ids)
@@ -100,7 +101,12 @@ class RecordedRunner:
         if step.lora is None and lora is not None:
             step.lora = StagedBatch(lora.batch)
         step.fill(batch, input_ids, lora)
-        return self._play(step.recording, batch.attention) if step.recording else self._record(step, batch, last_ids)
+        try:
+            return self._play(step.recording, batch.attention) if step.recording else self._record(step, batch)
+        except Exception as error:  # new tokens are written where they would have been, so the step can run again
+            step.is_eager, step.recording = True, None
+            logger.warning("steps of %s are not recorded and run slower: %s: %s", kind, type(error).__name__, error)
+            return self._eager.execute(batch, last_ids)
 
     def _kind(self, batch: ForwardBatch) -> _Kind | None:
         """None for a step that is not recorded: with a prompt in it, or a row that samples nothing."""
@@ -113,21 +119,16 @@ class RecordedRunner:
         with self.base.step_context():
             return recording.play()
 
-    def _record(self, step: _Step, batch: ForwardBatch, last_ids: Tensor | None) -> Tensor:
-        """Run a step and keep its recording; where that fails the model's own code runs it, and all that follow."""
-        try:
-            with (
-                self.base.step_context(),
-                self.base.context.running(batch.attention),
-                self.lora.applying(step.lora, everywhere=True),
-            ):
-                logits, step.recording = record(lambda: self._forward(step), self._team, self._arena)
-            return logits
-        except Exception as error:
-            self.is_recording = False
-            self._steps.clear()
-            logger.warning("decode steps are not recorded and run slower: %s: %s", type(error).__name__, error)
-            return self._eager.execute(batch, last_ids)
+    def _record(self, step: _Step, batch: ForwardBatch) -> Tensor:
+        """Run a step and keep its recording."""
+        self._attention.prepare(batch.attention)  # of this step alone, so not to be recorded
+        with (
+            self.base.step_context(),
+            self.base.context.running(batch.attention),
+            self.lora.applying(step.lora, everywhere=True),
+        ):
+            logits, step.recording = record(lambda: self._forward(step), self._team, self._arena)
+        return logits
 
     def _forward(self, step: _Step) -> Tensor:
         return self.base.forward(step.input_ids, step.positions, step.logits_indices)
@@ -137,15 +138,19 @@ class RecordedRunner:
         own code: code that branches on numbers which no operation shows would be caught. Before the first request."""
         kv = self.base.bindings[0].kv
         assert kv is not None
-        block_size = kv.k_cache.shape[1]
-        first, second = _trial(block_size, [1, 2], [0, 1], [0, 1]), _trial(block_size, [4, 3], [7, 5], [1, 0])
+        num_blocks, block_size = kv.k_cache.shape[:2]
+        if num_blocks < 2:  # no room for the trial's two rows
+            self.is_recording = False
+            return
+        first, second = _trial(block_size, [1, 2], [0, 1], [0, 1]), _trial(block_size, [4, 3], [1, 0], [1, 0])
         with torch.inference_mode():
             expected = self._eager.execute(second).clone()
         self.execute(first)
         self.execute(first)
-        if not torch.equal(self.execute(second), expected):
-            self.is_recording = False
+        is_equal = torch.equal(self.execute(second), expected)
+        if not is_equal:
             logger.warning("decode steps are not recorded and run slower: a recorded one gave other logits")
+        self.is_recording = is_equal and not any(step.is_eager for step in self._steps.values())
         self._steps.clear()
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from adapters.ops.thread_team import Kernel, KernelArguments, KernelProgram, ThreadTeam
+from adapters.ops.chunk_kernel import Kernel
+from adapters.ops.thread_team import KernelArguments, KernelProgram, ThreadTeam, watched_kernels
 from server.engine import fused_kernels as kernels
 from server.engine.tensor_arena import TensorArena
 
@@ -26,6 +27,13 @@ _ASKS_FOR_VALUES = {
     torch.Tag.data_dependent_output,
     torch.Tag.dynamic_output_shape,
     torch.Tag.nondeterministic_seeded,
+}
+_ASKS_UNSAID = {  # without a tag
+    torch.ops.aten.where.default,
+    torch.ops.aten.nonzero_numpy.default,
+    torch.ops.aten.repeat_interleave.self_Tensor,
+    torch.ops.aten.narrow.Tensor,
+    torch.ops.aten.tensor_split.tensor_indices_or_sections,
 }
 _OF_TENSORS = (torch.TensorType, torch.ListType)  # kinds of results; the rest are Python's numbers
 _MASKS = {torch.bool, torch.uint8}
@@ -47,8 +55,9 @@ class NotRecordable(Exception):
 class Recording:
     """A recorded pass. Its result is the arena's memory: it stands until the next pass, recorded or played back."""
 
-    def __init__(self, team: ThreadTeam, parts: list[Part], output: Tensor) -> None:
+    def __init__(self, team: ThreadTeam, parts: list[Part], output: Tensor, held: object) -> None:
         self._team, self._parts, self._output = team, parts, output
+        self._held = held  # whose addresses the parts know
 
     @property
     def num_kernels(self) -> int:
@@ -77,9 +86,9 @@ def record(run: Callable[[], Tensor], team: ThreadTeam, arena: TensorArena) -> t
     """
     arena.clear()
     recorder = _Recorder(team, arena)
-    with recorder, team.watched(recorder.note_kernel):
+    with recorder, watched_kernels(recorder.note_kernel):
         output = run()
-    return output, Recording(team, recorder.parts, arena.view(output))
+    return output, Recording(team, recorder.parts, arena.view(output), (arena, recorder.held))
 
 
 class _Recorder(TorchDispatchMode):
@@ -89,6 +98,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._team, self._arena = team, arena
         self.parts: list[Part] = []
+        self.held: list[Tensor] = []  # what our own sums read, wherever it lies
 
     def note_kernel(self, kernel: Kernel, arguments: KernelArguments, num_chunks: int) -> None:
         last = self.parts[-1] if self.parts else None
@@ -99,6 +109,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.aten.dropout.default and not args[2]:  # of a model that is not trained
+            return args[0]
         if _asks_for_values(func, args):
             raise NotRecordable(f"{func} asks a tensor for its value")
         if func is torch.ops.aten.add.Tensor and not kwargs and _is_elementwise(*args):
@@ -113,6 +125,7 @@ class _Recorder(TorchDispatchMode):
     def _add(self, left: Tensor, right: Tensor) -> Tensor:
         """left + right by our own kernel, the one operation of torch that stands between those of every layer."""
         out = self._arena.like(left)
+        self.held += [self._arena.view(left), self._arena.view(right)]
         fields = np.array([out.data_ptr(), left.data_ptr(), right.data_ptr(), left.numel()], np.int64)
         self._team.run(kernels.ADD[left.dtype].address, KernelArguments(fields), -(-left.numel() // kernels.CHUNK))
         return out
@@ -139,6 +152,8 @@ def _asks_for_values(func: Any, args: Any) -> bool:
     """Whether what an operation does depends on numbers in tensors, beyond the numbers that come out."""
     if func is torch.ops.aten.index.Tensor:  # of masks alone
         return any(isinstance(leaf, Tensor) and leaf.dtype in _MASKS for leaf in tree_leaves(args[1]))
+    if func in _ASKS_UNSAID:
+        return True
     gives_numbers = any(not isinstance(each.type, _OF_TENSORS) for each in func._schema.returns)
     return gives_numbers or bool(_ASKS_FOR_VALUES & set(func.tags))
 

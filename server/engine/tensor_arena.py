@@ -29,9 +29,9 @@ class TensorArena:
 
     def clear(self) -> None:
         """Begin from the first place again, whatever is still held."""
+        self._round = object()  # first: places of the pass before may come back at any moment
         self._used: list[int] = [0] * len(self._blocks)  # bytes of each block
         self._free: defaultdict[int, list[npt.NDArray[np.uint8]]] = defaultdict(list)  # places by size
-        self._round = object()
 
     def like(self, tensor: Tensor) -> Tensor:
         """An empty tensor with the shape, strides and dtype of `tensor`."""

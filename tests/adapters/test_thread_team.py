@@ -9,7 +9,8 @@ from numba import carray
 
 from adapters.ops import thread_team
 from adapters.ops.bf16 import pointer
-from adapters.ops.thread_team import KernelArguments, ThreadTeam, chunk_kernel, current_team, start_team
+from adapters.ops.chunk_kernel import chunk_kernel
+from adapters.ops.thread_team import KernelArguments, ThreadTeam, current_team, start_team
 
 NUM_CHUNKS = 40
 

@@ -96,12 +96,35 @@ def test_a_recording_that_fails_leaves_the_steps_to_the_model(
     monkeypatch.setattr("server.engine.recorded_runner.record", refuse)
     harness.add("one", PROMPTS["r0"], max_tokens=8)
     harness.run()
-    assert "not recorded and run slower: MemoryError: planted" in caplog.text
+    assert caplog.text.count("not recorded and run slower: MemoryError: planted") == 1
     monkeypatch.undo()
     other.add("one", PROMPTS["r0"], max_tokens=8)
     other.run()
     assert harness.tokens("one") == other.tokens("one")
-    assert harness.engine.runner.is_recording is False  # type: ignore[attr-defined]
+    assert harness.engine.runner.num_recordings == 0  # type: ignore[attr-defined]
+
+
+def test_a_recording_that_fails_when_played_leaves_its_steps_to_the_model(
+    base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    harness, other = (EngineHarness.open(base, "bfloat16", Squeeze()) for _ in range(2))
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("planted")
+
+    other.add("one", PROMPTS["r0"], max_tokens=8)
+    other.run()
+    monkeypatch.setattr("server.engine.recording.Recording.play", refuse)
+    harness.add("one", PROMPTS["r0"], max_tokens=8)
+    harness.run()
+    assert caplog.text.count("RuntimeError: planted") == 1 and harness.tokens("one") == other.tokens("one")
+
+
+def test_a_cache_of_one_block_is_not_written_past(base: Path) -> None:
+    harness = EngineHarness.open(base, "bfloat16", Squeeze(num_blocks=1, block_size=16, max_num_seqs=1))
+    harness.add("one", PROMPTS["r0"], max_tokens=4)
+    harness.run()
+    assert len(harness.tokens("one")) == 4 and not isinstance(harness.engine.runner, RecordedRunner)
 
 
 def _counts_its_calls(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

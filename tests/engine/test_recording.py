@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from adapters.ops.bf16 import pointer
-from adapters.ops.thread_team import KernelArguments, ThreadTeam, chunk_kernel
+from adapters.ops.chunk_kernel import chunk_kernel
+from adapters.ops.thread_team import KernelArguments, ThreadTeam, watched_kernels
 from server.engine.recording import NotRecordable, Recording, record
 from server.engine.tensor_arena import TensorArena
 
@@ -91,6 +92,7 @@ def test_our_sum_has_the_bits_of_torch_s(team: ThreadTeam, dtype: torch.dtype) -
         lambda x: torch.zeros(3, 3).index_copy_(0, torch.tensor([2, 0]), x),
         lambda x: x.new_full((2, 2), 3.0) @ x,
         lambda x: torch.stack(x.unbind(0)[::-1]),
+        lambda x: functional.dropout(x, 0.5, training=False) * 2,
     ],
 )
 def test_any_operation_may_stand_between(team: ThreadTeam, run: Callable[[Tensor], Tensor]) -> None:
@@ -132,21 +134,31 @@ def test_two_recordings_share_the_memory(team: ThreadTeam) -> None:
         lambda x: torch.masked_select(x, x > 0),
         lambda x: torch.rand_like(x),
         lambda x: functional.dropout(x, 0.5),
+        lambda x: torch.where(x > 0)[0],
+        lambda x: x.repeat_interleave(torch.tensor([1, 2]), 0),
+        lambda x: x.narrow(0, torch.tensor(1), 1),
+        lambda x: torch.tensor_split(x, torch.tensor([1]))[0],
     ],
 )
 def test_what_depends_on_values_is_refused(team: ThreadTeam, run: Callable[[Tensor], Tensor]) -> None:
     with torch.inference_mode(), pytest.raises(NotRecordable, match="asks a tensor for its value"):
         record(lambda: run(X), team, TensorArena())
-    square(team, X)
-    assert team._watcher is None, "a refused recording watches nothing any more"
+    with watched_kernels(lambda *_: None):  # a refused recording watches nothing any more
+        square(team, X)
 
 
 def test_another_thread_s_kernels_are_not_recorded(team: ThreadTeam) -> None:
     noted: list[int] = []
-    with team.watched(lambda _kernel, _arguments, num_chunks: noted.append(num_chunks)):
+    with watched_kernels(lambda _kernel, _arguments, num_chunks: noted.append(num_chunks)):
         from_outside = _in_a_thread(lambda: square(team, X))
         square(team, X[:1])
     assert torch.equal(from_outside, X * X) and noted == [3]
+
+
+def test_kernels_of_every_team_are_recorded(team: ThreadTeam) -> None:
+    other = ThreadTeam(1)
+    recording = check(lambda x: square(other, square(team, x)), team, X, X + 1)
+    assert recording.num_kernels == 2
 
 
 def _in_a_thread(run: Callable[[], Tensor]) -> Tensor:

@@ -59,6 +59,8 @@ class _StepPlan:
 
     @cached_property
     def chunks(self) -> tuple[_Chunk, ...]:
+        if self.metadata.num_decode_rows == len(self.metadata.context_lens):
+            return ()
         starts, lens = self.metadata.query_starts.tolist(), self.metadata.context_lens.tolist()
         rows = range(self.metadata.num_decode_rows, len(lens))
         tables = torch.from_numpy(self.metadata.block_tables).long()

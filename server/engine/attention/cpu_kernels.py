@@ -11,7 +11,7 @@ from numba import njit
 from numba.np.numpy_support import carray
 
 from adapters.ops.bf16 import narrow, pointer, widen
-from adapters.ops.thread_team import chunk_kernel
+from adapters.ops.chunk_kernel import chunk_kernel
 from server.engine.attention.decode_bf16 import mix_by_dots, padded_slots, score_by_dots
 from server.engine.fast_exp import EXACT, exp
 

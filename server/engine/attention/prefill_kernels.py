@@ -15,7 +15,7 @@ from numba.np.numpy_support import carray
 from adapters.ops.bf16 import narrow, pointer
 from adapters.ops.bf16_dot import LANES, ROWS_AT_ONCE, dot_rows
 from adapters.ops.bf16_tile import MAX_ROWS, WIDTH, add_product
-from adapters.ops.thread_team import chunk_kernel
+from adapters.ops.chunk_kernel import chunk_kernel
 from server.engine.attention.cpu_kernels import (
     BLOCK_SIZE,
     BLOCK_TABLES,

@@ -18,7 +18,7 @@ from torch import Tensor
 from adapters.adapter_folder import AdapterFolder
 from adapters.adapter_ref import AdapterVersion
 from adapters.errors import AdapterRefused, RefusalCode
-from adapters.host_memory import HostMemory
+from adapters.host_memory import HostMemory, trim_heap
 from adapters.load_report import LoadReport, absent_targets, delta_norms, report_of
 from adapters.lora_config import CONFIG_NAME, MAX_CONFIG_BYTES, LoRAConfig
 from adapters.lora_model import LoRAModel, LoRAWeights
@@ -187,6 +187,7 @@ def _read_modules(
         shape = ",".join(map(str, stored.entry.shape))
         _feed(digest, [name.encode(), stored.entry.dtype.encode(), shape.encode(), data])
         ready[name] = memory.keep(_prepare(stored.as_tensor(data), name, scales[name], dtype))
+    trim_heap()
     modules = {pair.module: LoRAWeights(ready[pair.lora_a.entry.name], ready[pair.lora_b.entry.name]) for pair in pairs}
     return AdapterVersion(digest.hexdigest()), modules
 

@@ -21,10 +21,12 @@ from adapters.module_names import BaseModules, linears_of
 from adapters.shared_inputs import SharedInputs
 from server.config import ModelConfig
 from server.engine.attention import select_backend
-from server.engine.attention.interface import ATTENTION_NAME, KVLayer, LayerBinding, StepContext, bind
+from server.engine.attention.interface import ATTENTION_NAME, KVLayer, LayerBinding, StepContext, attention, bind
 from server.engine.kv_cache import KVShape
 
 _DISCOVERY_NAME = "loramux-discovery"
+
+AttentionInterface.register(ATTENTION_NAME, attention)
 
 
 class ModelRefused(Exception):

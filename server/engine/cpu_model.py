@@ -18,6 +18,7 @@ from server.engine.fused_norm import fuse_norms
 from server.engine.fused_rotary import fuse_rotary
 from server.engine.packed_linear import pack_linears
 from server.engine.panel_linear import PanelLinear
+from server.engine.precompile import compile_missing
 
 
 def suit(
@@ -27,7 +28,10 @@ def suit(
 
     `groups` names linears that read one input; `cpu_threads` None = chosen here.
     """
-    team = _share_out_threads(cpu_threads, own_product=model.dtype is torch.bfloat16 and bf16_dot.is_supported())
+    own_product = model.dtype is torch.bfloat16 and bf16_dot.is_supported()
+    team = _share_out_threads(cpu_threads, own_product=own_product)
+    if own_product:
+        compile_missing(team.num_threads)
     pack_linears(model, groups, team)
     fuse_norms(model)
     fuse_rotary(model)

@@ -1,9 +1,10 @@
 """How stock transformers attention reaches our KV cache: one registered function, one binding per attention module.
 
-transformers calls the registered function with the packed batch of a step (`[1, heads, num_tokens, head_dim]`, RoPE
-already applied) and no mask. Models drop extra keyword arguments, so the step's metadata and the layer's K and V
-travel on the module instead: `bind` hangs a `LayerBinding` on every attention module at load, `StepContext.running`
-sets the metadata for the length of one forward pass. Knows nothing of requests, adapters or sampling.
+transformers calls the function (base_model.py registers it) with the packed batch of a step (`[1, heads, num_tokens,
+head_dim]`, RoPE already applied) and no mask. Models drop extra keyword arguments, so the step's metadata and the
+layer's K and V travel on the module instead: `bind` hangs a `LayerBinding` on every attention module at load,
+`StepContext.running` sets the metadata for the length of one forward pass. Knows nothing of requests, adapters or
+sampling.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 ATTENTION_NAME = "loramux"
 _BINDING = "loramux_layer"
@@ -131,6 +131,3 @@ def attention(
         sinks=s_aux,
     )
     return out.unsqueeze(0), None
-
-
-AttentionInterface.register(ATTENTION_NAME, attention)

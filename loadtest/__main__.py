@@ -1,48 +1,21 @@
-"""`python -m loadtest COMMAND`: finds the command, exits 1 with one line when a measurement cannot stand.
+"""`python -m loadtest COMMAND`: runs the command.
 
-A command is a module with `HELP`, `add_arguments(parser)` and `main(arguments)`, which returns the exit status.
+`gpu` is to run where there is torch and little else, so what the other commands need is imported only for them.
 """
 
-import argparse
+import importlib
 import sys
-from types import ModuleType
+from collections.abc import Sequence
 
-import aiohttp
-
-from loadtest import bench_command, kernels, peers_command, run_command
-from loadtest.client import LoadTestFailed
-from loadtest.proof import MixDiffers
-
-_COMMANDS: dict[str, ModuleType] = {
-    "run": run_command,
-    "bench": bench_command,
-    "peers": peers_command,
-    "kernels": kernels,
-}
+from loadtest import gpu_command
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m loadtest", description="Measures servers from outside, over HTTP.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, command in _COMMANDS.items():
-        command.add_arguments(commands.add_parser(name, help=command.HELP))
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
-    command = _COMMANDS[arguments.command]
-    try:
-        status: int = command.main(arguments)
-        return status
-    except (ValueError, LoadTestFailed, MixDiffers, OSError, aiohttp.ClientError) as error:
-        failure: BaseException = error
-    except ExceptionGroup as group:
-        failure = group.exceptions[0]
-        if not isinstance(failure, LoadTestFailed | OSError | aiohttp.ClientError):
-            raise
-    print(f"FAILED: {failure}", file=sys.stderr)
-    return 1
+def main(argv: Sequence[str] | None = None) -> int:
+    typed = sys.argv[1:] if argv is None else argv
+    if list(typed[:1]) == ["gpu"]:
+        return gpu_command.run(typed[1:])
+    status: int = importlib.import_module("loadtest.commands").main(typed)
+    return status
 
 
 if __name__ == "__main__":

@@ -87,12 +87,18 @@ def test_the_scheduler_needs_no_torch() -> None:
     _run_without(["torch"], f"import {modules}")
 
 
+def test_the_load_test_over_http_needs_no_torch_and_that_of_a_gpu_no_http() -> None:
+    _run_without(["torch", "numba", "triton"], "from loadtest.commands import main")
+    show_help = "from loadtest.__main__ import main\ntry: main(['gpu', '--help'])\nexcept SystemExit: pass"
+    _run_without(["aiohttp", "matplotlib", "torch"], show_help)
+
+
 @pytest.mark.parametrize("absent", [["numba"], ["triton"], ["numba", "triton"]], ids=" ".join)
 def test_the_engine_imports_without_the_compilers_of_other_devices(absent: list[str]) -> None:
     """A GPU machine need not have numba, nor a CPU machine Triton; without either the reference serves."""
-    modules = ["server.serve", "server.engine.engine", "server.engine.base_model", "loadtest.gpu"]
+    modules = ["server.serve", "server.engine.engine", "server.engine.base_model", "loadtest.__main__"]
     if find_spec("triton") and "triton" not in absent:
-        modules += ["loadtest.gpu.__main__", "adapters.ops.gpu", "server.engine.attention.gpu"]
+        modules += ["loadtest.gpu.measure", "adapters.ops.gpu", "server.engine.attention.gpu"]
         modules += ["tests.gpu.test_engine_on_gpu", "tests.adapters.test_gpu_lora", "tests.engine.test_gpu_attention"]
     _run_without(absent, f"import {', '.join(modules)}\n{_SELECT}")
 

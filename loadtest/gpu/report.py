@@ -21,7 +21,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda if is_cuda else None,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "command": shlex.join(["python", "-m", "loadtest.gpu", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "loadtest", *sys.argv[1:]]),
     }
 
 

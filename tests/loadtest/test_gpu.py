@@ -10,15 +10,16 @@ from tests.triton_interpreter import require_triton
 
 require_triton()
 
-from loadtest.gpu import __main__ as script  # noqa: E402
+from loadtest.__main__ import main  # noqa: E402
+from loadtest.gpu.measure import MAX_ERROR  # noqa: E402
 
 
 def test_every_part_runs_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["kernels", "steps", "serving", "profile", "--tiny", "--device", "cpu", "--out", str(tmp_path)]
-    assert script.main(arguments) == 0
+    assert main(["gpu", *arguments]) == 0
     found = json.loads((tmp_path / "gpu-kernels-steps-serving-profile.json").read_text())
     assert {row["op"] for row in found["kernels"]} == {"lora qkv", "attention"}
-    assert all(row["floor_us"] > 0 and row["error"] < script.MAX_ERROR for row in found["kernels"])
+    assert all(row["floor_us"] > 0 and row["error"] < MAX_ERROR for row in found["kernels"])
     decode = {row["adapters"]: row for row in found["steps"] if row["step"] == "decode"}
     assert set(decode) == {0, 1, 2} and decode[0]["eta"] == 1.0 and decode[0]["phi"] == 1.0
     assert 0 < decode[2]["phi"] < decode[1]["phi"] < 1
@@ -33,10 +34,10 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    assert script.main(["steps"]) == 1
+    assert main(["gpu", "steps"]) == 1
     assert "no CUDA device" in capsys.readouterr().err
 
 
 def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert script.main(["everything"]) == 1
+    assert main(["gpu", "everything"]) == 1
     assert "parts are check, kernels" in capsys.readouterr().err

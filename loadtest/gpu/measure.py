@@ -1,9 +1,4 @@
-"""`python -m loadtest.gpu PART… --out FOLDER`: measures on this machine's GPU; exits 1 when a check fails.
-
-Parts: `check` (tests on the device), `kernels` (each operation against reference and floor), `steps` (decode and
-prefill of whole models, by adapters), `serving` (the engine's step, host included), `profile` (the kernels of one
-decode step). Each call is to stay within eight minutes on a Hopper: `check kernels`, then `steps` by `--models`.
-"""
+"""What `python -m loadtest gpu` does: each part on the device named, and the report. Knows no figure's meaning."""
 
 import argparse
 import os
@@ -18,20 +13,19 @@ from torch.profiler import ProfilerActivity, profile
 
 from adapters.adapter_ref import AdapterUse
 from loadtest.gpu import kernels, report
-from loadtest.gpu.models import CONFIGS
 from loadtest.gpu.serving import measure_serving
 from loadtest.gpu.steps import BLOCK_SIZE, StepSettings, measure_model, requests_of
 from loadtest.gpu.timing import Ceilings, Device, measure_ceilings
+from loadtest.gpu_command import PARTS
 from server.engine.engine import Engine
 from server.engine.forward_batch import build_forward_batch
 
-PARTS = ("check", "kernels", "steps", "serving", "profile")
 MAX_ERROR = 1e-2  # relative, bfloat16
 _TESTS = ("tests/gpu", "tests/adapters/test_gpu_lora.py", "tests/engine/test_gpu_attention.py")
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+def measure(arguments: argparse.Namespace) -> int:
+    """The exit status."""
     wanted = arguments.parts or list(PARTS)
     if not set(wanted) <= set(PARTS):
         print(f"FAILED: parts are {', '.join(PARTS)}", file=sys.stderr)
@@ -59,20 +53,6 @@ def main(argv: list[str] | None = None) -> int:
     if failed:
         print("FAILED: a test failed or an operation is wrong; see above", file=sys.stderr)
     return int(failed)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m loadtest.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all, if none is named")
-    parser.add_argument("--models", default="llama-3.1-8b,qwen3-4b,qwen3-0.6b", help=f"of {', '.join(CONFIGS)}")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--context", type=int, default=512, help="tokens behind each decode row")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="toy sizes, once each: does the script run?")
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    return parser
 
 
 def _check(found: dict[str, Any]) -> bool:
@@ -127,7 +107,3 @@ def _profile(device: Device, engine: Engine, settings: StepSettings, num_rows: i
     order = "self_device_time_total" if device.is_cuda else "self_cpu_time_total"
     text: str = recorded.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60)
     return text
-
-
-if __name__ == "__main__":
-    sys.exit(main())

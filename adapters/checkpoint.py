@@ -8,7 +8,6 @@ nor transformers ever sees the folder. Knows nothing of names, leases or devices
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,11 +17,12 @@ from torch import Tensor
 from adapters.adapter_folder import AdapterFolder
 from adapters.adapter_ref import AdapterVersion
 from adapters.errors import AdapterRefused, RefusalCode
-from adapters.host_memory import HostMemory, trim_heap
+from adapters.host_memory import ALIGNMENT, HostMemory, trim_heap
 from adapters.load_report import LoadReport, absent_targets, delta_norms, report_of
 from adapters.lora_config import CONFIG_NAME, MAX_CONFIG_BYTES, LoRAConfig
 from adapters.lora_model import LoRAModel, LoRAWeights
 from adapters.module_names import BaseModules, LinearShape, resolve
+from adapters.packed_modules import PackedModules, layout_of
 from adapters.safetensors_header import require_matrix
 from adapters.tensor_names import read_names
 from adapters.weight_files import StoredTensor, open_weights
@@ -65,7 +65,7 @@ def load_lora_model(folder: Path, base: BaseModules, *, limits: CheckpointLimits
         pairs, rewrite = _plan(tensors, config, base, limits)
         version, modules = _read_modules(pairs, config, dtype)
     features = (*config.features, *((f"renamed: {rewrite}",) if rewrite else ()))
-    model = LoRAModel(version, MappingProxyType(modules), features, _checked_norms(modules))
+    model = LoRAModel(version, modules, features, _checked_norms(modules))
     warnings = absent_targets(config, (pair.source for pair in pairs))
     if place.tokenizer_files:
         warnings.append(f"{', '.join(place.tokenizer_files)}: not read, the base's tokenizer and template are used")
@@ -172,24 +172,35 @@ def _check_rank(lora_rank: int, declared: int, max_lora_rank: int, tensor: str) 
 
 def _read_modules(
     pairs: Sequence[_Pair], config: LoRAConfig, dtype: torch.dtype
-) -> tuple[AdapterVersion, dict[str, LoRAWeights]]:
+) -> tuple[AdapterVersion, PackedModules]:
     """Read all tensors in the order of their names, each once: hashed as stored, kept as computed with."""
     digest = hashlib.sha256()
     _feed(digest, [config.canonical()])
-    ready: dict[str, Tensor] = {}
-    scales = {pair.lora_a.entry.name: None for pair in pairs} | {p.lora_b.entry.name: p.scale for p in pairs}
-    stored_by_name = {stored.entry.name: stored for pair in pairs for stored in (pair.lora_a, pair.lora_b)}
-    sizes = (prod(stored.entry.shape) * dtype.itemsize for stored in stored_by_name.values())
-    memory = HostMemory(sum(map(HostMemory.taken, sizes)))  # of its own, so that it is given back with the adapter
-    for name in sorted(stored_by_name):
-        stored = stored_by_name[name]
-        data = stored.read()
+    modules = _empty_modules(pairs, dtype)
+    for stored, pair, scale in _in_order(pairs):
+        name, data = stored.entry.name, stored.read()
         shape = ",".join(map(str, stored.entry.shape))
         _feed(digest, [name.encode(), stored.entry.dtype.encode(), shape.encode(), data])
-        ready[name] = memory.keep(_prepare(stored.as_tensor(data), name, scales[name], dtype))
+        ready = _prepare(stored.as_tensor(data), name, scale, dtype)
+        weights = modules[pair.module]
+        (weights.lora_a if scale is None else weights.lora_b).copy_(ready)
     trim_heap()
-    modules = {pair.module: LoRAWeights(ready[pair.lora_a.entry.name], ready[pair.lora_b.entry.name]) for pair in pairs}
     return AdapterVersion(digest.hexdigest()), modules
+
+
+def _in_order(pairs: Iterable[_Pair]) -> list[tuple[StoredTensor, _Pair, float | None]]:
+    """Every tensor with its pair, in the order of the tensors' names; the scale is B's alone."""
+    all_a: list[tuple[StoredTensor, _Pair, float | None]] = [(pair.lora_a, pair, None) for pair in pairs]
+    all_b = [(pair.lora_b, pair, pair.scale) for pair in pairs]
+    return sorted([*all_a, *all_b], key=lambda item: item[0].entry.name)
+
+
+def _empty_modules(pairs: Iterable[_Pair], dtype: torch.dtype) -> PackedModules:
+    """Room for all modules, in a mapping of its own, so that it is given back with the adapter."""
+    entries = ((pair.module, pair.lora_a.entry, pair.lora_b.entry) for pair in pairs)
+    shapes = ((module, a.shape[0], a.shape[1], b.shape[0]) for module, a, b in entries)
+    layout = layout_of(shapes, align=ALIGNMENT // dtype.itemsize)
+    return PackedModules(layout, HostMemory(0).empty(layout.num_elements, dtype=dtype))
 
 
 def _feed(digest: "hashlib._Hash", parts: Iterable[bytes | bytearray]) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 _malloc_trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 _BLOCK = 64 << 20  # bytes; huge pages have 2 MiB
-_ALIGNMENT = 128  # bytes: two cache lines
+ALIGNMENT = 128
+"""Bytes: two cache lines. Where a tensor begins."""
 
 
 class HostMemory:
@@ -34,7 +35,7 @@ class HostMemory:
     @staticmethod
     def taken(num_bytes: int) -> int:
         """Bytes of a block that a tensor takes."""
-        return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """A contiguous tensor of zeros, whose pages are there once they are written."""

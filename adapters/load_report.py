@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from sys import intern
 
 from adapters.lora_config import LoRAConfig
 from adapters.lora_model import LoRAModel, LoRAWeights
@@ -51,8 +52,8 @@ class LoadReport:
 
 
 def kind_of(module: str) -> str:
-    """model.layers.3.self_attn.q_proj → q_proj."""
-    return module.rpartition(".")[2]
+    """model.layers.3.self_attn.q_proj → q_proj, one string for all: every adapter's report is kept."""
+    return intern(module.rpartition(".")[2])
 
 
 def delta_norm(weights: LoRAWeights) -> float:

@@ -6,7 +6,7 @@ model read one `Step`, set for the length of a forward pass; those that read one
 (lora_group.py). Knows nothing of requests, versions or eviction: row ranges come from outside.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adapters.adapter_ref import AdapterVersion
 from adapters.host_memory import HostMemory
 from adapters.lora_group import STATE, GroupLoRA, LoRALinear, ModuleLoRA, Step
-from adapters.lora_model import LoRAModel
+from adapters.lora_model import LoRAModel, LoRAWeights
 from adapters.module_names import BaseModules, LinearShape
 from adapters.ops import LoRAOps, LoRAPools
 
@@ -62,10 +62,11 @@ class LoRALayers:
         ValueError, and nothing written, when a module is not one of the base's, a shape differs, or the rows end
         beyond the pools.
         """
-        self._check(start, model)
+        modules = dict(model.modules)  # looked up once: each look-up may make new views
+        self._check(start, model, modules)
         self.clear(start, model.lora_rank)
         self._written[start] = model  # before the copies, so that `clear` undoes them when one fails
-        for name, weights in model.modules.items():
+        for name, weights in modules.items():
             module = self._modules[name]
             module.group.write(module.index, start, weights)
 
@@ -118,10 +119,10 @@ class LoRALayers:
             counted = {start: count for start, count in enumerate(counts) if count}
             assert group.targeted == counted, f"a group counts {group.targeted} where its pools say {counted}"
 
-    def _check(self, start: int, model: LoRAModel) -> None:
+    def _check(self, start: int, model: LoRAModel, modules: Mapping[str, LoRAWeights]) -> None:
         if start < 0 or start + model.lora_rank > self.num_rows:
             raise ValueError(f"rows [{start}, {start + model.lora_rank}) are outside pools of {self.num_rows} rows")
-        for name, weights in model.modules.items():
+        for name, weights in modules.items():
             if name not in self._modules:
                 raise ValueError(f"version {model.version} targets {name}, which is not a linear of the base")
             shape, rank = self._shapes[name], weights.lora_rank

@@ -33,14 +33,13 @@ class LoRAModel:
     """All modules of one adapter version, keyed by the full module name in the base model."""
 
     version: AdapterVersion
-    modules: Mapping[str, LoRAWeights]
+    modules: Mapping[str, LoRAWeights]  # of what is loaded from files, views made at each look-up (packed_modules.py)
     features: tuple[str, ...] = ()  # what was found beyond plain LoRA, e.g. "rslora", "rank_pattern"
     delta_norms: Mapping[str, float] | None = None  # module kind (q_proj, …) -> root of summed ‖ΔW‖²
     lora_rank: int = field(init=False)  # the widest rank among the modules: how many pool rows the adapter takes
+    num_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "lora_rank", max(weights.lora_rank for weights in self.modules.values()))
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(weights.num_bytes for weights in self.modules.values())
+        sizes = [(weights.lora_rank, weights.num_bytes) for weights in self.modules.values()]
+        object.__setattr__(self, "lora_rank", max(lora_rank for lora_rank, _ in sizes))
+        object.__setattr__(self, "num_bytes", sum(num_bytes for _, num_bytes in sizes))

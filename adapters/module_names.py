@@ -51,7 +51,8 @@ class BaseModules:
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """name in the checkpoint → name in the base, and the exchange that was made ("" = none)."""
+    """name in the checkpoint → name in the base, and the exchange that was made ("" = none). Names in the base are the
+    base's own strings: an adapter keeps them, and a thousand adapters keep no copies."""
 
     modules: Mapping[str, str]
     rewrite: str = ""
@@ -93,7 +94,8 @@ def resolve(names: Sequence[str], base: BaseModules) -> Resolution:
                 feature=f"target_modules={module}",
                 tensor=name,
             )
-    return resolution
+    own = {module: module for module in base.linears}
+    return Resolution({name: own[module] for name, module in resolution.modules.items()}, resolution.rewrite)
 
 
 def _shape_of(module: nn.Module) -> LinearShape | None:

@@ -1,0 +1,92 @@
+"""All modules of one adapter in one flat tensor, and the layout that says where each stands.
+
+Kept, 420 tensor objects take 0.4 MB beside an adapter of 10 MB. So what is kept is the flat tensor, and an adapter's
+A and B are views of it made when they are asked for. Adapters of equal layout share one layout object. Knows nothing of
+files or of pools.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from threading import Lock
+from types import MappingProxyType
+from weakref import WeakValueDictionary
+
+from torch import Tensor
+
+from adapters.lora_model import LoRAWeights
+
+
+@dataclass(frozen=True, slots=True)
+class ModulePlace:
+    """Where one module's A and B begin, in elements, and their shapes."""
+
+    lora_rank: int
+    in_features: int
+    out_features: int
+    a_begin: int
+    b_begin: int
+
+    def weights(self, flat: Tensor) -> LoRAWeights:
+        """Views of `flat` [num_elements]."""
+        rank, begin = self.lora_rank, flat.storage_offset()
+        return LoRAWeights(
+            flat.as_strided((rank, self.in_features), (self.in_features, 1), begin + self.a_begin),
+            flat.as_strided((rank, self.out_features), (self.out_features, 1), begin + self.b_begin),
+        )
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+class PackedLayout:
+    """Each module's place in a flat tensor of `num_elements`. Made by `layout_of`, so that equal ones are the same."""
+
+    places: Mapping[str, ModulePlace]
+    num_elements: int
+
+
+class PackedModules(Mapping[str, LoRAWeights]):
+    """module → its weights, as views of `flat` that live as long as whoever asked for them."""
+
+    __slots__ = ("flat", "layout")
+
+    def __init__(self, layout: PackedLayout, flat: Tensor) -> None:
+        if flat.shape != (layout.num_elements,) or not flat.is_contiguous():
+            raise ValueError(f"a layout of {layout.num_elements} elements met a tensor of {tuple(flat.shape)}")
+        self.layout = layout
+        self.flat = flat  # [num_elements]
+
+    def __getitem__(self, name: str) -> LoRAWeights:
+        return self.layout.places[name].weights(self.flat)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.layout.places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout.places)
+
+    def __len__(self) -> int:
+        return len(self.layout.places)
+
+
+_layouts: WeakValueDictionary[tuple[tuple[str, ModulePlace], ...], PackedLayout] = WeakValueDictionary()
+_lock = Lock()  # adapters are read in several threads
+
+
+def layout_of(shapes: Iterable[tuple[str, int, int, int]], *, align: int) -> PackedLayout:
+    """The layout of modules (name, lora_rank, in_features, out_features) in this order, each A and B at a multiple of
+    `align` elements; the one that exists, while any adapter has it.
+    """
+    places, end = [], 0
+    for name, rank, in_features, out_features in shapes:
+        b_begin = end + _aligned(rank * in_features, align)
+        places.append((name, ModulePlace(rank, in_features, out_features, end, b_begin)))
+        end = b_begin + _aligned(rank * out_features, align)
+    key = tuple(places)
+    with _lock:
+        layout = _layouts.get(key)
+        if layout is None:
+            layout = _layouts[key] = PackedLayout(MappingProxyType(dict(key)), end)
+        return layout
+
+
+def _aligned(num_elements: int, align: int) -> int:
+    return -(-num_elements // align) * align

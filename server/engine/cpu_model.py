@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
+from adapters.host_memory import HostMemory
 from adapters.ops import bf16_dot
 from adapters.ops.thread_team import ThreadTeam, start_team
 from server.engine.fused_mlp import fuse_mlps
@@ -32,7 +34,10 @@ def suit(
     team = _share_out_threads(cpu_threads, own_product=own_product)
     if own_product:
         compile_missing(team.num_threads)
-    pack_linears(model, groups, team)
+    loaded = list(model.parameters())
+    if pack_linears(model, groups, team).panels:
+        _leave_file(model, loaded)
+    del loaded
     fuse_norms(model)
     fuse_rotary(model)
     fuse_mlps(model, team)
@@ -48,6 +53,15 @@ def suit(
                 product.forget()
 
     return step
+
+
+def _leave_file(model: PreTrainedModel, loaded: Sequence[nn.Parameter]) -> None:
+    """Copy those of the loaded parameters that packing left. One tensor in the mapped file of weights keeps the whole
+    file in memory, beside the packed copy of the rest."""
+    memory, from_file = HostMemory(), {id(parameter) for parameter in loaded}
+    for parameter in model.parameters():  # a tied one comes once
+        if id(parameter) in from_file:
+            parameter.data = memory.keep(parameter)
 
 
 def _share_out_threads(wanted: int | None, *, own_product: bool) -> ThreadTeam:

@@ -40,15 +40,18 @@ class AdapterRef:
 class Lease:
     """A hold on one version, taken when a name is resolved and given back exactly once.
 
-    While any lease on a version is open its weights stay in host memory, whatever happens to its name.
-    `release` is idempotent, so it may stand in a `finally` beside another path that released already.
+    While any lease on a version is open its weights stay where requests can use them, whatever happens to its name.
+    `release` is idempotent, so it may stand in a `finally` beside another path that released already. `revoke` asks
+    the holder to end what it does with the version and then release; it does so by `on_revoked`.
     """
 
-    __slots__ = ("_give_back", "ref")
+    __slots__ = ("_give_back", "is_revoked", "on_revoked", "ref")
 
-    def __init__(self, ref: AdapterRef, give_back: Callable[[AdapterRef], None]) -> None:
+    def __init__(self, ref: AdapterRef, give_back: "Callable[[Lease], None]") -> None:
         self.ref = ref
-        self._give_back: Callable[[AdapterRef], None] | None = give_back
+        self.is_revoked = False
+        self.on_revoked: Callable[[], object] | None = None
+        self._give_back: Callable[[Lease], None] | None = give_back
 
     @property
     def is_open(self) -> bool:
@@ -56,5 +59,11 @@ class Lease:
 
     def release(self) -> None:
         give_back, self._give_back = self._give_back, None
+        self.on_revoked = None
         if give_back is not None:
-            give_back(self.ref)
+            give_back(self)
+
+    def revoke(self) -> None:
+        self.is_revoked = True
+        if self.on_revoked is not None:
+            self.on_revoked()

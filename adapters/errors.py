@@ -5,7 +5,10 @@ AdapterError
 ├── AdapterNotFound           no adapter of that name, or no folder at that place
 ├── AdapterAlreadyLoaded      the name is taken by other bytes
 ├── AdapterNameInvalid        the name cannot be an adapter's name
-└── AdapterCapacity           host memory for adapters is full
+├── AdapterCapacity           host memory for adapters is full
+├── VersionDamaged            the stored copy of a version is not what was stored
+├── VersionStoreFull          no room on disk for a version
+└── VersionStoreFailed        the disk or its permissions do not let a version be stored or read
 
 Each class carries the HTTP status and the code as data; nobody decides either by reading a message.
 """
@@ -84,3 +87,24 @@ class AdapterCapacity(AdapterError):
 
     status = 409
     code = "adapter_capacity"
+
+
+class VersionDamaged(AdapterError):
+    """The stored copy of a version is not what was stored; the adapter has to be loaded from its source again."""
+
+    status = 500
+    code = "adapter_version_damaged"
+
+
+class VersionStoreFull(AdapterError):
+    """A version was not stored, since the disk or its quota is full; what was stored before is as it was."""
+
+    status = 507
+    code = "adapter_storage_full"
+
+
+class VersionStoreFailed(AdapterError):
+    """A version was not stored or read, since the system refused; what was stored before is as it was."""
+
+    status = 500
+    code = "adapter_storage_failed"

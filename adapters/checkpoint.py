@@ -7,6 +7,7 @@ nor transformers ever sees the folder. Knows nothing of names, leases or devices
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -53,12 +54,18 @@ class _Pair:
     scale: float
 
 
-def load_lora_model(folder: Path, base: BaseModules, *, limits: CheckpointLimits, dtype: torch.dtype) -> LoadedAdapter:
-    """Load and check one adapter, its weights in `dtype` on the CPU.
+def load_lora_model(
+    folder: Path | AdapterFolder, base: BaseModules, *, limits: CheckpointLimits, dtype: torch.dtype
+) -> LoadedAdapter:
+    """Load and check one adapter, its weights in `dtype` on the CPU. A folder that is open already stays open.
 
     Raises AdapterNotFound when the folder holds no adapter, AdapterRefused (any code) when it cannot be served exactly.
     """
-    place = AdapterFolder.find(folder)
+    with AdapterFolder.find(folder) if isinstance(folder, Path) else nullcontext(folder) as place:
+        return _load(place, base, limits, dtype)
+
+
+def _load(place: AdapterFolder, base: BaseModules, limits: CheckpointLimits, dtype: torch.dtype) -> LoadedAdapter:
     with place.open(CONFIG_NAME) as file:
         config = LoRAConfig.parse(file.read(MAX_CONFIG_BYTES + 1))
     with open_weights(place, max_bytes=limits.max_adapter_bytes) as tensors:

@@ -63,6 +63,11 @@ def open_weights(folder: AdapterFolder, *, max_bytes: int) -> Iterator[Mapping[s
         yield tensors
 
 
+def shard_names(folder: AdapterFolder) -> list[str]:
+    """The files of a sharded adapter, from its index alone. Raises AdapterRefused (adapter_corrupt, too_large)."""
+    return sorted(set(_read_index(folder).values()))
+
+
 def _read_header(file: OpenFile) -> dict[str, StoredTensor]:
     length = header_length(file.read(LENGTH_BYTES), file_bytes=file.num_bytes, what=file.name)
     start = LENGTH_BYTES + length

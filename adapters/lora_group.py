@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adapters.lora_model import LoRAWeights
 from adapters.ops import BoundLoRA, LoRAPools
 from adapters.shared_result import SharedResult
 
@@ -29,7 +28,7 @@ class Step:
 class GroupLoRA:
     """The pools of the linears that read one input."""
 
-    __slots__ = ("_bound", "_forwards", "_linears", "outputs", "pools", "step", "targeted")
+    __slots__ = ("_bound", "_forwards", "outputs", "pools", "step", "targeted")
 
     def __init__(self, step: Step, pools: LoRAPools, bound: BoundLoRA, forwards: Sequence[Callable[[Tensor], Tensor]]):
         self.step = step
@@ -38,9 +37,6 @@ class GroupLoRA:
         self.outputs = SharedResult(self._compute)
         self._bound = bound
         self._forwards = forwards  # of each linear without LoRA
-        # Of each linear A [R, in_features], B [R, out_features] and ranks [R], cut out once: an index takes as long as
-        # copying a small tensor.
-        self._linears = list(zip(pools.a_pool, pools.b_pools, pools.ranks, strict=True))
 
     def _compute(self, x: Tensor) -> Sequence[Tensor]:
         """Each linear's own output for x, plus the step's deltas."""
@@ -48,20 +44,9 @@ class GroupLoRA:
         self._bound.add(ys, x, self.step.batch)
         return ys
 
-    def write(self, index: int, start: int, weights: LoRAWeights) -> None:
-        """Rows [start, start + r) of linear `index` := lora_a, lora_b."""
-        a_pool, b_pool, ranks = self._linears[index]
-        lora_rank = weights.lora_rank
-        a_pool[start : start + lora_rank].copy_(weights.lora_a)
-        b_pool[start : start + lora_rank].copy_(weights.lora_b)
-        ranks[start] = lora_rank
-        if lora_rank > 0:
-            self.targeted[start] = self.targeted.get(start, 0) + 1
-
     def clear(self, start: int) -> None:
-        """No linear of the group has a rank at row `start` any more."""
-        if self.targeted.pop(start, 0):
-            self.pools.ranks[:, start] = 0
+        """No linear of the group has a rank at row `start` any more, as the pools' ranks will say, too."""
+        self.targeted.pop(start, None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,11 @@ model read one `Step`, set for the length of a forward pass; those that read one
 (lora_group.py). Knows nothing of requests, versions or eviction: row ranges come from outside.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from adapters.adapter_ref import AdapterVersion
 from adapters.host_memory import HostMemory
 from adapters.lora_group import STATE, GroupLoRA, LoRALinear, ModuleLoRA, Step
-from adapters.lora_model import LoRAModel, LoRAWeights
+from adapters.lora_model import LoRAModel
 from adapters.module_names import BaseModules, LinearShape
 from adapters.ops import LoRAOps, LoRAPools
+from adapters.packed_modules import PackedLayout, PackedModules
+from adapters.pool_places import PoolPlaces, pool_places
 
 
 class LoRALayers:
@@ -35,12 +38,16 @@ class LoRALayers:
         self._memory = HostMemory()
         self._step = Step()
         self._written: dict[int, LoRAModel] = {}  # first row → the adapter whose numbers stand there
-        self._groups = [self._group([linears[name] for name in names], names, ops) for names in _all_groups(base)]
-        self._modules = {
-            name: ModuleLoRA(group, index, _own_forward(linears[name]))
-            for names, group in zip(_all_groups(base), self._groups, strict=True)
-            for index, name in enumerate(names)
-        }
+        device = next(iter(linears.values())).get_parameter("weight").device
+        self._ranks = torch.zeros(len(linears), num_rows, dtype=torch.int32, device=device)  # those of all groups
+        self._places: WeakKeyDictionary[PackedLayout, PoolPlaces] = WeakKeyDictionary()
+        self._groups: list[GroupLoRA] = []
+        self._modules: dict[str, ModuleLoRA] = {}  # in the order of `_ranks`
+        for names in _all_groups(base):
+            group = self._group([linears[name] for name in names], names, ops)
+            self._groups.append(group)
+            for index, name in enumerate(names):
+                self._modules[name] = ModuleLoRA(group, index, _own_forward(linears[name]))
         for name, linear in linears.items():  # nothing can fail from here on, so no model is left half swapped
             linear.__dict__.pop("forward", None)
             linear.__dict__[STATE] = self._modules[name]
@@ -62,13 +69,16 @@ class LoRALayers:
         ValueError, and nothing written, when a module is not one of the base's, a shape differs, or the rows end
         beyond the pools.
         """
-        modules = dict(model.modules)  # looked up once: each look-up may make new views
-        self._check(start, model, modules)
+        packed = PackedModules.of(model.modules)
+        places = self._places_of(packed.layout, model.version)
+        if start < 0 or start + model.lora_rank > self.num_rows:
+            raise ValueError(f"rows [{start}, {start + model.lora_rank}) are outside pools of {self.num_rows} rows")
         self.clear(start, model.lora_rank)
-        self._written[start] = model  # before the copies, so that `clear` undoes them when one fails
-        for name, weights in modules.items():
-            module = self._modules[name]
-            module.group.write(module.index, start, weights)
+        places.writer.write(packed.flat, start)
+        self._written[start] = model  # after the copies: rows half written belong to nobody
+        self._ranks[:, start] = places.ranks
+        for group, num_targeted in places.num_targeted.items():
+            group.targeted[start] = num_targeted
 
     def version_at(self, start: int) -> AdapterVersion | None:
         """Whose numbers begin at pool row `start`; None when nobody's do."""
@@ -79,6 +89,7 @@ class LoRALayers:
         """Forget every adapter that has a row in [start, start + length). Its numbers stay but are not read again."""
         end = start + length
         for first in [f for f, model in self._written.items() if f < end and start < f + model.lora_rank]:
+            self._ranks[:, first] = 0
             for group in self._groups:
                 group.clear(first)
             del self._written[first]
@@ -119,16 +130,18 @@ class LoRALayers:
             counted = {start: count for start, count in enumerate(counts) if count}
             assert group.targeted == counted, f"a group counts {group.targeted} where its pools say {counted}"
 
-    def _check(self, start: int, model: LoRAModel, modules: Mapping[str, LoRAWeights]) -> None:
-        if start < 0 or start + model.lora_rank > self.num_rows:
-            raise ValueError(f"rows [{start}, {start + model.lora_rank}) are outside pools of {self.num_rows} rows")
-        for name, weights in modules.items():
-            if name not in self._modules:
-                raise ValueError(f"version {model.version} targets {name}, which is not a linear of the base")
-            shape, rank = self._shapes[name], weights.lora_rank
-            got = (tuple(weights.lora_a.shape), tuple(weights.lora_b.shape))
-            if got != ((rank, shape.in_features), (rank, shape.out_features)):
-                raise ValueError(f"version {model.version} has {got} at {name}, a module of {shape}")
+    def _places_of(self, layout: PackedLayout, version: AdapterVersion) -> PoolPlaces:
+        """ValueError when a module is not one of the base's or has another shape."""
+        places = self._places.get(layout)
+        if places is None:
+            for name, place in layout.places.items():
+                shape = self._shapes.get(name)
+                if shape is None:
+                    raise ValueError(f"version {version} targets {name}, which is not a linear of the base")
+                if (place.in_features, place.out_features) != (shape.in_features, shape.out_features):
+                    raise ValueError(f"version {version} has {place} at {name}, a module of {shape}")
+            places = self._places[layout] = pool_places(layout, self._modules, self.ops)
+        return places
 
     def _group(self, linears: Sequence[nn.Module], names: Sequence[str], ops: LoRAOps) -> GroupLoRA:
         weight = linears[0].get_parameter("weight")
@@ -139,10 +152,11 @@ class LoRALayers:
                 return self._memory.empty(*shape, dtype=weight.dtype)
             return torch.empty(shape, dtype=weight.dtype, device=weight.device)
 
+        first = len(self._modules)
         pools = LoRAPools(
             a_pool=empty(len(names), self.num_rows, in_features),
             b_pools=tuple(empty(self.num_rows, self._shapes[name].out_features) for name in names),
-            ranks=torch.zeros(len(names), self.num_rows, dtype=torch.int32, device=weight.device),
+            ranks=self._ranks[first : first + len(names)],
         )
         return GroupLoRA(self._step, pools, ops.bind(pools), [_own_forward(linear) for linear in linears])
 

@@ -54,6 +54,24 @@ class PackedModules(Mapping[str, LoRAWeights]):
         self.layout = layout
         self.flat = flat  # [num_elements]
 
+    @classmethod
+    def of(cls, modules: Mapping[str, LoRAWeights]) -> "PackedModules":
+        """`modules` themselves when they are packed, else a packed copy in the dtype of the first. ValueError when an A
+        and its B differ in rank."""
+        if isinstance(modules, PackedModules):
+            return modules
+        first = next(iter(modules.values())).lora_a
+        shapes = ((name, w.lora_rank, w.lora_a.shape[1], w.lora_b.shape[1]) for name, w in modules.items())
+        layout = layout_of(shapes, align=1)
+        packed = cls(layout, first.new_empty(layout.num_elements))
+        for name, weights in modules.items():
+            views = packed[name]
+            if len(weights.lora_b) != weights.lora_rank:
+                raise ValueError(f"{name} has A of {weights.lora_rank} ranks and B of {len(weights.lora_b)}")
+            views.lora_a.copy_(weights.lora_a)
+            views.lora_b.copy_(weights.lora_b)
+        return packed
+
     def __getitem__(self, name: str) -> LoRAWeights:
         return self.layout.places[name].weights(self.flat)
 

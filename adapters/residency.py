@@ -4,6 +4,8 @@ Joins the host cache (bytes), the row-range pool (integers) and the swapped laye
 cannot disagree. The scheduler pins what a step needs; the engine activates it before the forward pass.
 """
 
+from collections.abc import Collection
+
 from adapters.adapter_ref import AdapterUse, AdapterVersion
 from adapters.errors import AdapterCapacity
 from adapters.host_cache import HostCache
@@ -18,6 +20,7 @@ class AdapterResidency:
         self.host = host
         self.pool = pool
         self.layers = layers
+        self.num_activations = 0  # copies of an adapter into the pools, also of those that moved
 
     @property
     def active_versions(self) -> tuple[AdapterVersion, ...]:
@@ -45,8 +48,14 @@ class AdapterResidency:
             raise KeyError(f"adapter version {version} is not loaded")
         return model
 
-    def begin_step(self) -> None:
-        self.pool.begin_step()
+    def begin_step(self, needed: Collection[AdapterVersion] = ()) -> None:
+        """Forget the pins of the step before; `needed` is what waiting requests name."""
+        self.pool.begin_step(needed)
+
+    def count_use(self, uses: tuple[AdapterUse, ...]) -> None:
+        """A request begins to use its adapters."""
+        for use in uses:
+            self.pool.count_use(use.version)
 
     def pin(self, uses: tuple[AdapterUse, ...]) -> bool:
         """Make every adapter of a request resident for this step; False when the pools have no room left for them."""
@@ -58,6 +67,7 @@ class AdapterResidency:
         try:
             for version, row_range in pending:
                 self.layers.write(row_range.start, self.model(version))
+                self.num_activations += 1
         except BaseException:
             for version, _ in pending:  # a range that is held but not written would serve another adapter's numbers
                 self._deactivate(version)

@@ -1,15 +1,22 @@
 """Which rows of the device pools each adapter version holds. Integers only: knows no tensors and copies nothing.
 
 A version of rank r holds r consecutive rows, the same in every module's pool. `pin` makes a version resident for the
-step under way: first fit among the holes, then by evicting versions not pinned this step (the longest unused first, as
-few as a hole of that size takes), at last by moving ranges together. So a pin succeeds exactly when the rows
-pinned this step and the new ones fit together. Data follows through `take_pending`, before the forward pass.
+step under way: first fit among the holes, then by evicting versions not pinned this step (those worth least, as few as
+a hole of that size takes), at last by moving pinned ranges together, as few rows as can be. So a pin succeeds exactly
+when the rows pinned this step and the new ones fit together. Data follows through `take_pending`, before the forward
+pass.
+
+Worth most is what waiting requests need, then what was used most, counting lately begun requests: a long answer is one
+use. Among equals the one pinned last goes first, since of a cycle one version longer than the pool, dropping the oldest
+would find nothing in place.
 """
 
 from bisect import bisect_left
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from adapters.adapter_ref import AdapterVersion
+from adapters.use_counts import UseCounts
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -24,6 +31,9 @@ class RowRange:
         return self.start + self.length
 
 
+_Worth = tuple[bool, int, int]  # is needed, uses, steps since another was pinned later
+
+
 class RowRangePool:
     def __init__(self, num_rows: int, *, max_loras: int | None = None) -> None:
         """`max_loras` caps the versions pinned in one step; None leaves the rows as the only limit."""
@@ -32,22 +42,31 @@ class RowRangePool:
         self.num_rows = num_rows
         self.max_loras = max_loras
         self._free = [RowRange(0, num_rows)]  # by start; no two adjacent
-        self._ranges: dict[AdapterVersion, RowRange] = {}  # the longest unused first
+        self._ranges: dict[AdapterVersion, RowRange] = {}  # the longest unpinned first
         self._pinned: set[AdapterVersion] = set()
+        self._needed: frozenset[AdapterVersion] = frozenset()  # by requests that wait
+        self._uses = UseCounts()
+        self.num_evictions = 0  # versions that lost their rows to others
         self._pending: dict[AdapterVersion, None] = {}  # ranges whose rows are still to be written
 
     @property
     def versions(self) -> tuple[AdapterVersion, ...]:
-        """The resident versions, the longest unused first."""
+        """The resident versions, the longest unpinned first."""
         return tuple(self._ranges)
 
     @property
     def num_free_rows(self) -> int:
         return sum(hole.length for hole in self._free)
 
-    def begin_step(self) -> None:
-        """Forget the pins of the step before; every range stays where it is until a pin needs its rows."""
+    def begin_step(self, needed: Collection[AdapterVersion] = ()) -> None:
+        """Forget the pins of the step before; every range stays where it is until a pin needs its rows. `needed`
+        versions, which waiting requests name, are evicted after all others."""
         self._pinned.clear()
+        self._needed = frozenset(needed)
+
+    def count_use(self, version: AdapterVersion) -> None:
+        """A request began to use a version: what is used often stays."""
+        self._uses.add(version, num_kept=len(self._ranges))
 
     def pin(self, version: AdapterVersion, lora_rank: int) -> bool:
         """Make `version` resident for this step; False when it does not fit beside the versions already pinned.
@@ -64,7 +83,7 @@ class RowRangePool:
                 return False
             self._ranges[version] = self._take_first_fit(lora_rank)
             self._pending[version] = None
-        self._ranges[version] = self._ranges.pop(version)  # now the last used
+        self._ranges[version] = self._ranges.pop(version)  # now the last pinned
         self._pinned.add(version)
         return True
 
@@ -87,6 +106,10 @@ class RowRangePool:
             self._release(freed)
         return freed
 
+    def _evict(self, version: AdapterVersion) -> None:
+        self.num_evictions += 1
+        self.drop(version)
+
     def check_integrity(self) -> None:
         """Free and held ranges tile [0, num_rows) without overlap, holes are joined, pins are resident and newest."""
         held = list(self._ranges.values())
@@ -99,9 +122,10 @@ class RowRangePool:
         ends = {hole.end for hole in self._free}
         assert not any(hole.start in ends for hole in self._free), f"adjacent holes: {self._free}"
         newest = self.versions[len(self._ranges) - len(self._pinned) :]
-        assert set(newest) == self._pinned, "pinned versions are not the last used"
+        assert set(newest) == self._pinned, "pinned versions are not the last in order"
         assert self._pending.keys() <= self._ranges.keys(), "a version without a range is pending"
         assert self.max_loras is None or len(self._pinned) <= self.max_loras, "more versions pinned than max_loras"
+        self._uses.check_integrity()
 
     def _check_rank(self, version: AdapterVersion, lora_rank: int) -> None:
         if lora_rank < 1:
@@ -118,25 +142,24 @@ class RowRangePool:
             return False
         victims = self._cheapest_window(length)
         if victims is None:  # pinned ranges stand in the way of every hole
-            self._evict_until(length)
-            self._move_together()
+            self._move_together(length)
         else:
             for version in victims:
-                self.drop(version)
+                self._evict(version)
         return True
 
     def _cheapest_window(self, length: int) -> list[AdapterVersion] | None:
-        """The unpinned versions whose rows, with the holes between, make `length` in a row: those where the last used
-        of them was used longest ago, then the fewest. None when every such window touches a pinned range.
+        """The unpinned versions whose rows, with the holes between, make `length` in a row: those where the one worth
+        most is worth least, then the fewest. None when every such window touches a pinned range.
         """
         by_start = sorted(self._ranges.items(), key=lambda item: item[1])
-        last_use = {version: use for use, version in enumerate(self._ranges)}
-        best: tuple[int, int, list[AdapterVersion]] | None = None
+        worth = self._worth()
+        best: tuple[_Worth, int, list[AdapterVersion]] | None = None
         # A window pushed down until it meets a range has no more victims than before, so these starts suffice.
         for first, start in enumerate([0, *(row_range.end for _, row_range in by_start)]):
             victims = self._victims(by_start, first, start + length)
             if victims is not None and start + length <= self.num_rows:
-                cost = (max(last_use[version] for version in victims), len(victims), victims)
+                cost = (max(worth[version] for version in victims), len(victims), victims)
                 best = cost if best is None else min(best, cost)
         return None if best is None else best[2]
 
@@ -154,22 +177,58 @@ class RowRangePool:
             victims.append(version)
         return victims
 
-    def _evict_until(self, length: int) -> None:
-        """Evict the longest unused until `length` rows are free, wherever they are."""
-        for version in self.versions:
-            if self.num_free_rows >= length:
-                return
-            self.drop(version)
+    def _worth(self) -> dict[AdapterVersion, _Worth]:
+        """What a version is worth keeping for; no two are worth the same."""
+        num_ranges = len(self._ranges)
+        return {
+            version: (version in self._needed, self._uses.of(version), num_ranges - place)
+            for place, version in enumerate(self._ranges)
+        }
 
-    def _move_together(self) -> None:
-        """Move every range down to the one below it; what moved is to be written again."""
-        end = 0
-        for version, row_range in sorted(self._ranges.items(), key=lambda item: item[1]):
-            if row_range.start != end:
-                self._ranges[version] = RowRange(end, row_range.length)
+    def _move_together(self, length: int) -> None:
+        """Make a hole of `length` rows by moving pinned ranges; what moved is to be written again."""
+        end, span = self._cheapest_span(length)
+        pinned = [version for version in span if version in self._pinned]
+        for version in span:
+            if version not in self._pinned:
+                self._evict(version)
+        for version in pinned:
+            held = self._ranges[version]
+            if held.start != end:
+                self._ranges[version] = RowRange(end, held.length)
                 self._pending[version] = None
-            end += row_range.length
-        self._free = [RowRange(end, self.num_rows - end)] if end < self.num_rows else []
+            end += held.length
+        self._free = list(self._holes())
+
+    def _cheapest_span(self, length: int) -> tuple[int, list[AdapterVersion]]:
+        """The first row of neighbours, and they in order, that leave `length` rows when those of them that are not
+        pinned are evicted and the others moved together: those that evict nothing needed, then the fewest rows to move.
+        """
+        by_start = sorted(self._ranges.items(), key=lambda item: item[1])
+        worth = self._worth()
+        ends = [0, *(row_range.end for _, row_range in by_start)]
+        starts = [*(row_range.start for _, row_range in by_start), self.num_rows]
+        best: tuple[bool, int, int, int] | None = None
+        for first, begin in enumerate(ends):
+            is_needed, num_pinned = False, 0
+            for after in range(first, len(starts)):  # neighbours [first, after)
+                if starts[after] - begin - num_pinned >= length:
+                    cost = (is_needed, num_pinned, first, after)
+                    best = cost if best is None else min(best, cost)
+                    break
+                if after < len(by_start):
+                    version, row_range = by_start[after]
+                    num_pinned += row_range.length if version in self._pinned else 0
+                    is_needed |= version not in self._pinned and worth[version][0]
+        assert best is not None, f"{length} rows do not fit beside the pinned ones"
+        return ends[best[2]], [version for version, _ in by_start[best[2] : best[3]]]
+
+    def _holes(self) -> Iterator[RowRange]:
+        end = 0
+        for held in [*sorted(self._ranges.values()), RowRange(self.num_rows, 0)]:
+            if held.start > end:
+                yield RowRange(end, held.start - end)
+            end = held.end
 
     def _take_first_fit(self, length: int) -> RowRange:
         index = next(i for i, hole in enumerate(self._free) if hole.length >= length)

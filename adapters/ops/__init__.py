@@ -7,9 +7,9 @@ from typing import cast
 import torch
 
 from adapters.ops import reference
-from adapters.ops.interface import BoundLoRA, LoRAOps, LoRAPools
+from adapters.ops.interface import BoundLoRA, LoRAOps, LoRAPools, RowTarget, RowWriter
 
-__all__ = ["BoundLoRA", "LoRAOps", "LoRAPools", "select"]
+__all__ = ["BoundLoRA", "LoRAOps", "LoRAPools", "RowTarget", "RowWriter", "select"]
 
 # numba is looked for, not demanded: the package imports where only torch is installed.
 _CPU = "adapters.ops.cpu" if find_spec("numba") else "adapters.ops.reference"

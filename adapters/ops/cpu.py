@@ -11,7 +11,8 @@ from torch import Tensor
 
 from adapters.lora_batch import LoRABatch, Segment
 from adapters.ops import cpu_kernels as kernels
-from adapters.ops.interface import LoRAPools, check_tokens
+from adapters.ops.interface import LoRAPools, RowTarget, check_tokens
+from adapters.ops.row_writer import CPURowWriter
 from adapters.ops.thread_team import KernelArguments, current_team
 
 _KERNELS = {torch.bfloat16: kernels.add_bf16, torch.float32: kernels.add_f32}
@@ -99,6 +100,10 @@ def _dense_rows(x: Tensor) -> Tensor:
     """x as [num_tokens, in_features] with adjacent elements in a row; a copy only when its strides leave no view."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def row_writer(targets: Sequence[RowTarget]) -> CPURowWriter:
+    return CPURowWriter(targets)
 
 
 def bind(pools: LoRAPools) -> CPULoRA:

@@ -17,6 +17,7 @@ from adapters.ops.gpu_blocks import BLOCK_M, BLOCK_R, MAX_MODULES, BlockSizes, b
 from adapters.ops.gpu_kernels import expand_rows, shrink_rows
 from adapters.ops.gpu_tile_kernels import expand_tiles, shrink_tiles
 from adapters.ops.interface import LoRAPools, check_tokens
+from adapters.ops.reference import row_writer as row_writer
 
 MAX_STAGED_RANK = 256
 """Ranks that a batch staged by itself makes room for; what the server admits at most unless told otherwise."""

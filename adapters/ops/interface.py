@@ -62,6 +62,23 @@ class BoundLoRA(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RowTarget:
+    """A matrix of an adapter [num_rows, features], which begins at element `begin` of its flat tensor, and its pool."""
+
+    pool: Tensor  # [R, features]
+    begin: int
+    num_rows: int
+
+
+class RowWriter(Protocol):
+    """The matrices of all adapters of one layout, ready to be copied."""
+
+    def write(self, flat: Tensor, start: int) -> None:
+        """Rows [start, start + num_rows) of every target's pool := its matrix in `flat` [num_elements], converted to
+        the pool's dtype."""
+
+
 class LoRAOps(Protocol):
     """One implementation; a module with these functions is one."""
 
@@ -70,6 +87,9 @@ class LoRAOps(Protocol):
 
     def stage(self, batch: LoRABatch) -> Any:
         """The batch as `add` takes it, made once per step for all groups."""
+
+    def row_writer(self, targets: Sequence[RowTarget]) -> RowWriter:
+        """Prepare to copy adapters of one layout into pools that never move."""
 
 
 def check_tokens(ys: Sequence[Tensor], x: Tensor, num_tokens: int, pools: LoRAPools) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adapters.lora_batch import LoRABatch
-from adapters.ops.interface import LoRAPools, check_tokens
+from adapters.ops.interface import LoRAPools, RowTarget, check_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,23 @@ class ReferenceLoRA:
         end = start + int(self.pools.ranks[module, start])
         shrunk = x_row.float() @ self.pools.a_pool[module, start:end].float().T  # [r]
         return float(batch.weights[entry]) * (shrunk @ self.pools.b_pools[module][start:end].float())
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceRowWriter:
+    """One copy a matrix, after the whole adapter has come to the pools' device in one."""
+
+    targets: Sequence[RowTarget]
+
+    def write(self, flat: Tensor, start: int) -> None:
+        for target in self.targets:
+            flat = flat.to(target.pool.device)
+            rows = target.pool[start : start + target.num_rows]  # [num_rows, features]
+            rows.copy_(flat[target.begin : target.begin + rows.numel()].view_as(rows))
+
+
+def row_writer(targets: Sequence[RowTarget]) -> ReferenceRowWriter:
+    return ReferenceRowWriter(targets)
 
 
 def bind(pools: LoRAPools) -> ReferenceLoRA:

@@ -6,17 +6,24 @@ requests always fits together. A waiting request without room is passed over; on
 for adapters that are already there cannot starve it. Base requests need no room and are never held up here.
 """
 
+from collections.abc import Collection, Iterable
 from enum import Enum, auto
 from typing import Protocol
 
-from adapters.adapter_ref import AdapterUse
+from adapters.adapter_ref import AdapterUse, AdapterVersion
 from server.engine.request import Request
 
 
 class Residency(Protocol):
     """What can make adapters resident on the device for the length of one step."""
 
-    def begin_step(self) -> None: ...
+    def begin_step(self, needed: Collection[AdapterVersion]) -> None:
+        """Forget the pins of the step before. `needed`, what waiting requests name, is given up last."""
+        ...
+
+    def count_use(self, uses: tuple[AdapterUse, ...]) -> None:
+        """A request begins to use its adapters."""
+        ...
 
     def pin(self, uses: tuple[AdapterUse, ...]) -> bool:
         """True when all of `uses` are, or are made, resident for this step; False when there is no room."""
@@ -37,8 +44,9 @@ class AdapterRoom:
         self._is_draining = False
         self._bypassed_steps: dict[str, int] = {}  # request id → steps it was passed over
 
-    def begin_step(self) -> None:
-        self._residency.begin_step()
+    def begin_step(self, next_requests: Iterable[Request]) -> None:
+        """`next_requests` are those at the head of the queue: what they need stays on the device where it can."""
+        self._residency.begin_step({use.version for request in next_requests for use in request.adapters})
         self._answers.clear()
         self._is_draining = False
 
@@ -59,6 +67,10 @@ class AdapterRoom:
         if room is Room.NOT_NOW:
             self._pass_over(request.request_id)
         return room
+
+    def begin_use(self, request: Request) -> None:
+        """A request that was granted room runs for the first time."""
+        self._residency.count_use(request.adapters)
 
     def forget(self, request_id: str) -> None:
         """The request runs or has ended: its wait is over."""

@@ -9,7 +9,7 @@ row whose logits are not finite ends alone.
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -171,12 +171,12 @@ class Engine:
 
     def stats(self, scheduled: SchedulerOutput | None = None) -> EngineStats:
         """The engine now; `scheduled` is the step just run, None between steps."""
-        rows = scheduled.rows if scheduled else ()
-        return self.scheduler.stats(
-            num_step_tokens=scheduled.num_tokens if scheduled else 0,
-            num_step_rows=len(rows),
-            num_step_adapters=len({use.version for row in rows for use in row.request.adapters}),
+        return replace(
+            self.scheduler.stats(scheduled),
             active_versions=self.adapters.active_versions,
+            num_activations=self.adapters.num_activations,
+            num_device_evictions=self.adapters.pool.num_evictions,
+            num_free_lora_rows=self.adapters.pool.num_free_rows,
         )
 
     def _launches(self, scheduled: SchedulerOutput) -> bool:

@@ -32,6 +32,7 @@ SECONDS = {
     "server.engine.fused_kernels:_rotary_bf16": 0.7,
     "server.engine.attention.cpu_kernels:write_bf16": 0.4,
     "server.engine.fused_mlp_kernels:silu_times": 0.2,
+    "adapters.ops.row_writer:copy_piece": 0.1,
     "server.engine.fused_kernels:_add_bf16": 0.2,
 }
 """module:name of the kernels that a stock Llama-like model meets, and about how long each takes to compile; others wait

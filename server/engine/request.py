@@ -167,3 +167,6 @@ class EngineStats:
     running_versions: tuple[str, ...] = ()
     waiting_versions: tuple[str, ...] = ()
     active_versions: tuple[str, ...] = ()  # versions with a row range in the device pools
+    num_activations: int = 0  # copies of an adapter into the device pools
+    num_device_evictions: int = 0  # versions that lost their row range to others
+    num_free_lora_rows: int = 0  # rows of the device pools that nobody holds

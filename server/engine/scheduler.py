@@ -6,7 +6,7 @@ first (those one token behind before those with more to compute), then waiting o
 ones ahead. Whoever finds no block takes those of the latest arrival, so the earliest always moves on.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from time import monotonic
 
 from server.config import SchedulerConfig
@@ -65,7 +65,7 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Choose the next step and give its rows their blocks. Follow with `update` (even without rows) or `fail`."""
-        self._room.begin_step()
+        self._room.begin_step(self._queues.waiting[: self.config.max_num_seqs])
         step = StepDraft(self.config.max_num_batched_tokens)
         for request, num_behind in sorted(self._running_with_room(), key=_is_far_behind):
             self._continue(request, num_behind, step)
@@ -133,28 +133,21 @@ class Scheduler:
             self._ahead = None  # nobody waits for its tokens
         return outputs
 
-    def stats(
-        self,
-        *,
-        num_step_tokens: int = 0,
-        num_step_rows: int = 0,
-        num_step_adapters: int = 0,
-        active_versions: Collection[str] = (),
-    ) -> EngineStats:
-        """The queues now; what only the engine knows of the step is passed through."""
+    def stats(self, step: SchedulerOutput | None = None) -> EngineStats:
+        """The queues now, and `step`; what stands on the device only the engine knows."""
+        rows = step.rows if step else ()
         return EngineStats(
             num_running=len(self._queues.running),
             num_waiting=len(self._queues.waiting),
             kv_usage=self.blocks.usage,
-            num_step_tokens=num_step_tokens,
-            num_step_rows=num_step_rows,
-            num_step_adapters=num_step_adapters,
+            num_step_tokens=step.num_tokens if step else 0,
+            num_step_rows=len(rows),
+            num_step_adapters=len({use.version for row in rows for use in row.request.adapters}),
             prefix_queries=self._prefix_queries,
             prefix_hits=self._prefix_hits,
             num_preemptions=self._num_preemptions,
             running_versions=_versions(self._queues.running),
             waiting_versions=_versions(self._queues.waiting),
-            active_versions=tuple(active_versions),
         )
 
     def check_integrity(self) -> None:
@@ -233,6 +226,7 @@ class Scheduler:
 
     def _count_first_admission(self, request: Request, num_cached_tokens: int) -> None:
         request.first_scheduled_time = self._clock()
+        self._room.begin_use(request)
         request.num_cached_tokens = num_cached_tokens
         if self.blocks.may_match(request):
             self._prefix_queries += request.num_tokens

@@ -17,7 +17,7 @@ from adapters.lora_batch import LoRABatch, RowRanges
 from adapters.lora_layers import LoRALayers, rows_for_budget
 from adapters.lora_model import LoRAModel, LoRAWeights
 from adapters.module_names import BaseModules, LinearShape, linears_of
-from adapters.ops import LoRAPools, reference
+from adapters.ops import LoRAPools, RowTarget, RowWriter, reference
 
 CPU_OPS = ops.select(torch.device("cpu"))
 NUM_ROWS, NUM_TOKENS = 40, 6
@@ -278,6 +278,9 @@ def test_a_module_without_adapters_runs_lora_code_only_where_told_to(net: Net, m
                     bound.add(ys, x, batch)
 
             return Counting()
+
+        def row_writer(self, targets: Sequence[RowTarget]) -> RowWriter:
+            return reference.row_writer(targets)
 
         def stage(self, batch: LoRABatch) -> LoRABatch:
             return batch

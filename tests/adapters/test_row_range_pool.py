@@ -1,5 +1,9 @@
 """The row-range pool against a model that knows only which rows are whose, and its rules one by one."""
 
+from collections import Counter
+from itertools import combinations
+from random import Random
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -11,11 +15,13 @@ from adapters.row_range_pool import RowRange, RowRangePool
 A, B, C, D = (AdapterVersion(letter) for letter in "abcd")
 
 
-def filled(num_rows: int, ranks: dict[AdapterVersion, int]) -> RowRangePool:
-    """A pool with `ranks` resident in that order, nothing pinned or pending."""
+def filled(num_rows: int, ranks: dict[AdapterVersion, int], uses: str = "") -> RowRangePool:
+    """A pool with `ranks` resident in that order, each letter of `uses` counted, nothing pinned or pending."""
     pool = RowRangePool(num_rows)
     for version, rank in ranks.items():
         assert pool.pin(version, rank)
+    for letter in uses:
+        pool.count_use(AdapterVersion(letter))
     pool.begin_step()
     pool.take_pending()
     return pool
@@ -29,30 +35,82 @@ def test_first_fit_takes_the_lowest_hole() -> None:
     assert pool.num_free_rows == 5
 
 
-def test_the_longest_unused_version_is_evicted_and_only_it() -> None:
-    pool = filled(12, {A: 4, B: 4, C: 4})
-    assert pool.pin(A, 4)  # B is now the longest unused
+def test_the_version_used_least_is_evicted_and_only_it() -> None:
+    pool = filled(12, {A: 4, B: 4, C: 4}, uses="aabcc")
     assert pool.pin(D, 4)
     assert pool.range_of(D) == RowRange(4, 4)
-    assert pool.versions == (C, A, D)
+    assert pool.versions == (A, C, D)
     assert pool.take_pending() == [(D, RowRange(4, 4))]
+    assert pool.num_evictions == 1
+
+
+def test_steps_of_one_long_request_do_not_make_a_version_popular() -> None:
+    pool = filled(8, {A: 4, B: 4}, uses="abb")
+    for _ in range(50):  # a request of A's goes on
+        pool.begin_step()
+        assert pool.pin(A, 4)
+    pool.begin_step()
+    assert pool.pin(C, 4)
+    assert pool.versions == (B, C)
+
+
+def test_what_waiting_requests_need_goes_last_but_goes() -> None:
+    pool = filled(12, {A: 4, B: 4, C: 4}, uses="aabbbc")
+    pool.begin_step([C, B])
+    assert pool.pin(D, 4)
+    assert pool.versions == (B, C, D)
+    pool.begin_step([D, B, C])
+    assert pool.pin(A, 4)
+    assert pool.versions == (B, C, A), "D has no use yet"
+    pool.begin_step([B])
+    assert pool.pin(D, 12)
+    assert pool.versions == (D,)
+
+
+def test_uses_are_remembered_over_eviction() -> None:
+    pool = filled(8, {A: 4, B: 4}, uses="aaaabb")
+    pool.drop(A)
+    assert pool.pin(A, 4)  # back again, with its four uses
+    pool.begin_step()
+    assert pool.pin(C, 4)
+    assert pool.versions == (A, C)
+
+
+def test_what_was_popular_once_gives_way() -> None:
+    pool = filled(12, {A: 4, B: 4, C: 4}, uses=40 * "a" + 400 * "b" + 3 * "c")
+    assert pool.pin(D, 4)
+    assert pool.versions == (B, C, D)
+
+
+def test_a_cycle_one_longer_than_the_pool_finds_most_of_it_in_place() -> None:
+    """Dropping the longest unused finds nothing: the cliff of one adapter too many."""
+    pool, cycle = RowRangePool(32), [AdapterVersion(f"cycle{i}") for i in range(9)]
+    num_found = 0
+    for i in range(900):
+        version = cycle[i % 9]
+        pool.begin_step()
+        num_found += version in pool.versions
+        assert pool.pin(version, 4)
+        pool.count_use(version)
+    assert num_found > 600
 
 
 def test_a_wide_adapter_evicts_neighbours_that_together_make_a_hole() -> None:
-    pool = filled(12, {A: 2, B: 6, C: 2, D: 2})
+    pool = filled(12, {A: 2, B: 6, C: 2, D: 2}, uses="abccdd")
     wide = AdapterVersion("wide")
     assert pool.pin(wide, 8)
-    assert pool.versions == (C, D, wide)  # A and B were used before C; rows [0, 8)
+    assert pool.versions == (C, D, wide)  # rows [0, 8)
     assert pool.range_of(wide) == RowRange(0, 8)
 
 
 def test_pinned_versions_are_never_evicted() -> None:
-    pool = filled(8, {A: 4, B: 4})
+    pool = filled(8, {A: 4, B: 4}, uses="bb")
     assert pool.pin(A, 4)
     assert pool.pin(C, 4)
     assert not pool.pin(D, 4)
     assert pool.versions == (A, C)
     pool.begin_step()
+    pool.count_use(C)
     assert pool.pin(D, 4)
     assert pool.versions == (C, D)
 
@@ -65,6 +123,42 @@ def test_ranges_move_together_when_a_pinned_one_divides_the_free_rows() -> None:
     assert pool.range_of(D) == RowRange(4, 8)
     assert sorted(pool.take_pending()) == [(B, RowRange(0, 4)), (D, RowRange(4, 8))]
     pool.check_integrity()
+
+
+def test_as_few_rows_as_can_be_are_moved_so_that_nothing_needed_goes() -> None:
+    names = [AdapterVersion(f"{i}") for i in range(12)]
+    gone = {(): [8, 10], (10,): [5, 8], (5, 10): [8, 10]}  # what is needed → what is evicted
+    for needed, evicted in gone.items():
+        pool = filled(48, dict.fromkeys(names, 4))
+        pool.begin_step([names[i] for i in needed])
+        for i in (0, 2, 3, 4, 6, 7, 9, 11):
+            assert pool.pin(names[i], 4)
+        assert pool.pin(A, 8)
+        assert [i for i in range(12) if names[i] not in pool.versions] == evicted
+        first, last = evicted
+        assert pool.range_of(A) == RowRange(4 * last - 4, 8)
+        moved = {names[i]: RowRange(4 * i - 4, 4) for i in range(first + 1, last)}
+        assert dict(pool.take_pending()) == {**moved, A: RowRange(4 * last - 4, 8)}
+        pool.check_integrity()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_mixed_ranks_waste_no_more_than_the_last_bit(seed: int) -> None:
+    """After any churn a full step holds all rows but a remainder narrower than what was refused."""
+    random = Random(seed)
+    ranks = {AdapterVersion(f"v{i}"): (8, 16, 32, 64)[i % 4] for i in range(200)}
+    pool = RowRangePool(1024)
+    ratios = []
+    for _ in range(60):
+        pool.begin_step()
+        pinned = 0
+        for version in random.sample(list(ranks), 60):
+            fits = pinned + ranks[version] <= 1024
+            assert pool.pin(version, ranks[version]) is fits
+            pinned += ranks[version] * fits
+        ratios.append(1024 / pinned)
+        pool.check_integrity()
+    assert max(ratios) <= 1.05 and pool.num_evictions > 1000
 
 
 def test_a_rank_wider_than_the_pool_does_not_fit_and_evicts_nothing() -> None:
@@ -116,8 +210,12 @@ def test_check_integrity_sees_a_broken_free_list(free: list[RowRange]) -> None:
         pool.check_integrity()
 
 
+Worth = tuple[bool, int, int]  # is needed, uses, minus when it was pinned last
+NOTHING: Worth = (False, -1, 0)
+
+
 class PoolMachine(RuleBasedStateMachine):
-    """The model is a row → version list and a use clock; windows are found by trying every start."""
+    """The model is a row → version list, a clock of pins and plain counts; windows are found by trying every start."""
 
     versions = Bundle("versions")
 
@@ -126,9 +224,12 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = RowRangePool(num_rows, max_loras=max_loras)
         self.ranks: dict[AdapterVersion, int] = {}
         self.pinned: set[AdapterVersion] = set()
+        self.needed: set[AdapterVersion] = set()
         self.unwritten: set[AdapterVersion] = set()
-        self.last_use: dict[AdapterVersion, int] = {}
+        self.last_pin: dict[AdapterVersion, int] = {}
         self.clock = 0
+        self.uses: Counter[AdapterVersion] = Counter()
+        self.num_uses = self.num_evictions = 0
 
     def rows(self) -> list[AdapterVersion | None]:
         rows: list[AdapterVersion | None] = [None] * self.pool.num_rows
@@ -139,14 +240,28 @@ class PoolMachine(RuleBasedStateMachine):
                 rows[row] = version
         return rows
 
-    def cheapest(self, rows: list[AdapterVersion | None], rank: int) -> tuple[int, int] | None:
-        """(last use of the newest victim, number of victims) of the best window; None = all blocked by pins."""
+    def worth(self, version: AdapterVersion) -> Worth:
+        return version in self.needed, self.uses[version], -self.last_pin[version]
+
+    def cheapest(self, rows: list[AdapterVersion | None], rank: int) -> tuple[Worth, int] | None:
+        """(worth of the best victim, number of victims) of the best window; None = all blocked by pins."""
         costs = []
         for start in range(len(rows) - rank + 1):
             victims = {version for version in rows[start : start + rank] if version is not None}
             if not victims & self.pinned:
-                costs.append((max((self.last_use[v] for v in victims), default=-1), len(victims)))
+                costs.append((max(map(self.worth, victims), default=NOTHING), len(victims)))
         return min(costs, default=None)
+
+    def fewest_moved(self, rows: list[AdapterVersion | None], rank: int) -> tuple[bool, int]:
+        """(whether something needed is evicted, at most how many rows move) when pinned ranges move together."""
+        edges = [0, *(i for i in range(1, len(rows)) if rows[i] is None or rows[i] != rows[i - 1]), len(rows)]
+        costs = []
+        for begin, end in combinations(edges, 2):
+            num_pinned = sum(version in self.pinned for version in rows[begin:end])
+            if end - begin - num_pinned >= rank:
+                evicted = {version for version in rows[begin:end] if version is not None} - self.pinned
+                costs.append((bool(evicted & self.needed), num_pinned))
+        return min(costs)
 
     @rule(target=versions, name=st.text("xyz", min_size=1, max_size=3), rank=st.integers(1, 12))
     def new_version(self, name: str, rank: int) -> AdapterVersion:
@@ -163,23 +278,39 @@ class PoolMachine(RuleBasedStateMachine):
         got = self.pool.pin(version, rank)
         assert got == (fits and not capped)
         evicted = before.keys() - set(self.pool.versions)
+        moved = {v for v in before.keys() - evicted if self.pool.range_of(v) != before[v]}
         if not got or version in before:
             assert {v: self.pool.range_of(v) for v in self.pool.versions} == before
         elif cost is not None:
-            assert (max((self.last_use[v] for v in evicted), default=-1), len(evicted)) == cost
-            assert all(self.pool.range_of(v) == before[v] for v in before.keys() - evicted)
+            assert (max(map(self.worth, evicted), default=NOTHING), len(evicted)) == cost
+            assert not moved
+        else:
+            is_needed, most = self.fewest_moved(rows, rank)
+            assert bool(evicted & self.needed) == is_needed
+            assert sum(self.ranks[v] for v in moved) <= most and moved <= self.pinned
         assert not evicted & self.pinned
-        if got and version not in self.pinned:  # a version is used once a step
-            moved = {v for v in before if v not in evicted and self.pool.range_of(v) != before[v]}
+        self.num_evictions += len(evicted)
+        if got and version not in self.pinned:  # a version is pinned once a step
             self.unwritten = (self.unwritten - evicted) | moved | ({version} - before.keys())
             self.pinned.add(version)
             self.clock += 1
-            self.last_use[version] = self.clock
+            self.last_pin[version] = self.clock
 
-    @rule()
-    def begin_step(self) -> None:
-        self.pool.begin_step()
+    @rule(data=st.data())
+    def begin_step(self, data: st.DataObject) -> None:
+        self.needed = data.draw(st.sets(st.sampled_from(sorted(self.ranks)))) if self.ranks else set()
+        self.pool.begin_step(self.needed)
         self.pinned.clear()
+
+    @rule(version=versions, times=st.integers(1, 9))
+    def count_use(self, version: AdapterVersion, times: int) -> None:
+        for _ in range(times):
+            self.pool.count_use(version)
+            self.uses[version] += 1
+            self.num_uses += 1
+            if self.num_uses >= 16 * max(len(self.pool.versions), 1):
+                self.num_uses = 0
+                self.uses = Counter({v: count // 2 for v, count in self.uses.items()})
 
     @rule(version=versions)
     def drop(self, version: AdapterVersion) -> None:
@@ -202,8 +333,9 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.check_integrity()
         assert self.pool.num_free_rows == self.rows().count(None)
         assert self.pinned <= set(self.pool.versions)
+        assert self.pool.num_evictions == self.num_evictions
         assert all(self.pool.range_of(v).length == self.ranks[v] for v in self.pool.versions)
-        assert list(self.pool.versions) == sorted(self.pool.versions, key=self.last_use.__getitem__)
+        assert list(self.pool.versions) == sorted(self.pool.versions, key=self.last_pin.__getitem__)
 
 
 TestPoolMachine = PoolMachine.TestCase

@@ -5,7 +5,8 @@ whole history that wrote it, and asserts that what a row reads is its own histor
 or reusing blocks fails at the step that would have read it.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from zlib import crc32
 
@@ -90,8 +91,17 @@ class FakeResidency:
     pinned: set[str] = field(default_factory=set)
     num_pins: int = 0
 
-    def begin_step(self) -> None:
+    uses: Counter[str] = field(default_factory=Counter)
+
+    needed: set[AdapterVersion] = field(default_factory=set)
+
+    def begin_step(self, needed: Collection[AdapterVersion]) -> None:
         self.pinned.clear()
+        self.needed = set(needed)
+
+    def count_use(self, uses: tuple[AdapterUse, ...]) -> None:
+        assert {use.version for use in uses} <= self.pinned
+        self.uses.update(use.version for use in uses)
 
     def pin(self, uses: tuple[AdapterUse, ...]) -> bool:
         self.num_pins += 1
@@ -178,7 +188,8 @@ class FakeEngine:
             self.add(request)
 
     def step(self) -> SchedulerOutput:
-        before = [r for r in self.requests.values() if r.status is RequestStatus.RUNNING]
+        running = [request for request in self.requests.values() if request.status is RequestStatus.RUNNING]
+        before = {request: request.num_tokens - request.num_computed_tokens for request in running}
         output = self.scheduler.schedule()
         self.check_step(output)
         self.check_nobody_left_out(before, output)
@@ -222,13 +233,22 @@ class FakeEngine:
             assert outputs[-1].finish_reason is (FinishReason.STOP if is_stopped else FinishReason.LENGTH)
             assert tokens == expected
 
-    def check_nobody_left_out(self, running: list[Request], output: SchedulerOutput) -> None:
-        """Each request that ran before moves on, unless its blocks were taken or its adapters have lost their room."""
+    def check_nobody_left_out(self, lacks: dict[Request, int], output: SchedulerOutput) -> None:
+        """Each request that ran before moves on, unless its blocks were taken, its adapters have lost their room, or it
+        lacks several tokens and those that came before it took all the step may compute. `lacks` is by arrival.
+        """
         scheduled = {row.request.request_id for row in output.rows}
-        for request in running:
-            if {use.version for use in request.adapters} <= self.residency.pinned:
-                is_preempted = request.request_id in output.preempted
-                assert is_preempted != (request.request_id in scheduled), f"{request.request_id} was left out"
+        is_spent = False
+        for request, num_behind in lacks.items():
+            if not {use.version for use in request.adapters} <= self.residency.pinned:
+                continue
+            if request.request_id not in scheduled | set(output.preempted) and num_behind > 1:
+                assert output.num_tokens == self.config.max_num_batched_tokens, f"{request.request_id} was left out"
+                is_spent = True
+                continue
+            is_preempted = request.request_id in output.preempted
+            assert is_preempted != (request.request_id in scheduled), f"{request.request_id} was left out"
+            assert is_preempted or num_behind == 1 or not is_spent, f"{request.request_id} went before earlier ones"
 
     def check_step(self, output: SchedulerOutput) -> None:
         """The promises a step makes to the runner."""

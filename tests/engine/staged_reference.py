@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adapters.ops.gpu_batch import GPULoRABatch
 from adapters.ops.interface import LoRAPools, check_tokens
+from adapters.ops.reference import row_writer
 from server.engine.attention import reference
 from server.engine.attention.gpu_batch import GPUAttentionBatch
 from server.engine.attention.interface import AttentionMetadata, KVLayer
@@ -89,5 +90,5 @@ def _entries(batch: GPULoRABatch) -> list[tuple[int, int, float]]:
     return found
 
 
-OPS = SimpleNamespace(bind=StagedLoRA)
+OPS = SimpleNamespace(bind=StagedLoRA, row_writer=row_writer)
 """LoRAOps whose batches come from a DeviceStep."""

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from adapters.errors import AdapterCapacity
-from adapters.lora_group import GroupLoRA
-from adapters.lora_model import LoRAWeights
+from adapters.ops.row_writer import CPURowWriter
 from server.engine.forward_batch import ForwardBatch
 from server.engine.request import FinishReason, Request
 from server.errors import BadRequest
@@ -132,6 +131,28 @@ def test_more_adapters_than_room_all_finish(llama: Path, tmp_path: Path) -> None
     assert len({tuple(roomy.tokens(str(i))) for i in range(6)}) == 6, "the adapters answer alike: nothing is proven"
 
 
+def test_stats_count_activations_evictions_and_free_rows(llama: Path, tmp_path: Path) -> None:
+    folders = [
+        oracle.make_adapter(llama, tmp_path / str(i), seed=i, r=r, lora_alpha=16, target_modules="all-linear")
+        for i, r in enumerate((8, 8, 4))
+    ]
+    roomy = EngineHarness.open(llama, "float32")
+    row_bytes = roomy.engine.memory.lora_pools // roomy.engine.memory.lora_rows
+    harness = EngineHarness.open(llama, "float32", Squeeze(lora_memory=18 * row_bytes))
+    versions = [harness.load(folder) for folder in folders]
+    seen = []
+    for i in (0, 1, 0, 2, 1):
+        harness.add(f"{len(seen)}", PROMPT, versions[i], max_tokens=2)
+        harness.run()
+        stats = harness.engine.stats()
+        seen.append((stats.num_activations, stats.num_device_evictions, stats.num_free_lora_rows))
+    # The third adapter evicts the second, which was used less than the first, and the second then evicts the third.
+    assert seen == [(1, 0, 10), (2, 0, 2), (2, 0, 2), (3, 1, 6), (4, 2, 2)]
+    harness.engine.unload_adapter(versions[0])
+    assert harness.engine.stats().num_device_evictions == 2, "unloading is no eviction"
+    assert harness.engine.stats().num_free_lora_rows == 10
+
+
 def test_composition_of_two_adapters_is_their_weighted_sum(llama: Path, tmp_path: Path) -> None:
     folders = [
         oracle.make_adapter(llama, tmp_path / str(i), seed=i, r=4, lora_alpha=8, target_modules="all-linear")
@@ -195,17 +216,15 @@ def test_a_half_done_pool_write_leaves_nothing_behind(llama: Path, adapter: Path
     clean.add("slim", PROMPT, clean.load(slim), max_tokens=8)
     clean.run()
 
-    last = list(harness.engine.adapters.layers._modules.values())[-1]
-    write = GroupLoRA.write
+    write = CPURowWriter.write
 
-    def fail_on_the_last(group: GroupLoRA, index: int, start: int, weights: LoRAWeights) -> None:
-        if group is last.group and index == last.index:
-            raise MemoryError("planted")
-        write(group, index, start, weights)
+    def fail_half_way(writer: CPURowWriter, flat: Tensor, start: int) -> None:
+        write(writer, torch.cat([flat[: len(flat) // 2], torch.full_like(flat[len(flat) // 2 :], 1e3)]), start)
+        raise MemoryError("planted")
 
     version = harness.load(adapter)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GroupLoRA, "write", fail_on_the_last)
+        patch.setattr(CPURowWriter, "write", fail_half_way)
         harness.add("doomed", PROMPT, version)
         harness.engine_step()
     assert harness.outputs["doomed"][-1].finish_reason is FinishReason.ERROR

@@ -1,5 +1,6 @@
 """Scheduler by example: who is in a step, who waits, how requests end. `test_scheduler_machine` has the rest."""
 
+from random import Random
 from time import perf_counter
 
 import pytest
@@ -333,6 +334,33 @@ class TestAdapterRoom:
             engine.scheduler.check_integrity()
         assert steps == 5 + 3  # passed over five times, then those admitted in the fifth step run out
 
+    @pytest.mark.parametrize("max_bypassed_steps", [0, 5, 20])
+    def test_popular_adapters_starve_no_rare_one(self, max_bypassed_steps: int) -> None:
+        """The rare ones are wide, so that room never comes by itself: whoever waits gets in after those ahead."""
+        num_clients, max_tokens = 12, 6
+        waits = zipf_waits(max_bypassed_steps, num_clients=num_clients, max_tokens=max_tokens)
+        assert max(waits) <= max_bypassed_steps + (num_clients - 1) * (max_tokens + 1)
+        assert max(zipf_waits(10**9, num_clients=num_clients, max_tokens=max_tokens)) > 400, "nobody would have starved"
+
+    def test_a_request_is_one_use_however_often_it_is_preempted(self) -> None:
+        engine = FakeEngine(num_blocks=6, block_size=4, enable_prefix_caching=False)
+        for arrival, name in enumerate("ab", 1):
+            engine.add(make_request(name, (arrival,) * 4, max_tokens=14, adapters=(use(name),), arrival_time=arrival))
+        engine.run()
+        assert engine.requests["b"].num_preemptions > 0
+        assert engine.residency.uses == {"a": 1, "b": 1}
+
+    def test_what_the_head_of_the_queue_needs_is_told(self) -> None:
+        engine = FakeEngine(config(max_num_seqs=2))
+        for name in "abcde":
+            engine.add(make_request(name, (1,), max_tokens=2, adapters=(use(name),)))
+        engine.step()
+        assert engine.residency.needed == {"a", "b"}
+        engine.step()
+        assert engine.residency.needed == {"c", "d"} and engine.residency.pinned == {"a", "b"}
+        engine.run()
+        assert engine.residency.needed == set()
+
     def test_base_requests_pass_a_starving_one(self) -> None:
         engine = FakeEngine(config(max_bypassed_steps=0), num_rows=1)
         engine.add(make_request("1", max_tokens=9, adapters=(use("a"),)))
@@ -389,16 +417,39 @@ class TestAdapterRoom:
         assert engine.residency.num_pins == 2
 
 
+def zipf_waits(max_bypassed_steps: int, *, num_clients: int, max_tokens: int) -> list[int]:
+    """Steps from arrival to the first scheduled row, or to now, of each request: every client asks again at once for
+    an adapter drawn by place, and there is room for three narrow ones."""
+    random = Random(1)
+    limits = config(max_num_seqs=num_clients, max_num_batched_tokens=64, max_bypassed_steps=max_bypassed_steps)
+    engine = FakeEngine(limits, num_blocks=1000, num_rows=3)
+    arrivals: dict[str, int] = {}
+    waits: dict[str, int] = {}
+    for step in range(1500):
+        live = sum(not request.status.is_finished for request in engine.requests.values())
+        for _ in range(num_clients - live):
+            (name,) = random.choices("a b c d e f g h ii jj kk lll".split(), [(place + 1) ** -2 for place in range(12)])
+            request_id = str(len(engine.requests))
+            arrivals[request_id] = step
+            num_tokens = random.randint(1, max_tokens)
+            engine.add(make_request(request_id, (1,), max_tokens=num_tokens, adapters=(use(name),), arrival_time=step))
+        for row in engine.step().rows:
+            waits.setdefault(row.request.request_id, step - arrivals[row.request.request_id])
+    return [waits.get(request_id, 1500 - arrival) for request_id, arrival in arrivals.items()]
+
+
 def test_stats_name_the_versions_that_run_and_wait() -> None:
     engine = FakeEngine(config(max_num_seqs=1))
     engine.add(make_request("1", adapters=(use("b"), use("a"))))
     engine.add(make_request("2", adapters=(use("c"),)))
     engine.add(make_request("3"))
-    engine.step()
-    stats = engine.scheduler.stats(num_step_tokens=3, active_versions=("a", "b"))
+    stats = engine.scheduler.stats(engine.step())
     assert (stats.num_running, stats.num_waiting, stats.num_step_tokens) == (1, 2, 3)
+    assert (stats.num_step_rows, stats.num_step_adapters) == (1, 2)
     assert (stats.running_versions, stats.waiting_versions) == (("a", "b"), ("c",))
-    assert stats.active_versions == ("a", "b") and stats.kv_usage == 1 / 64
+    assert stats.kv_usage == 1 / 64
+    idle = engine.scheduler.stats()
+    assert (idle.num_step_tokens, idle.num_step_rows, idle.num_step_adapters) == (0, 0, 0)
 
 
 def decoding_step_seconds(engine: FakeEngine, num_rows: int, num_steps: int = 100) -> float:

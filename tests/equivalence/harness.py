@@ -30,6 +30,36 @@ class Squeeze:
     block_size: int = 4
     lora_memory: int = 64 << 20
     max_loras: int | None = None
+    max_cpu_loras: int | None = None
+    max_bypassed_steps: int = 256
+
+
+def open_engine(
+    folder: Path,
+    dtype: str,
+    squeeze: Squeeze,
+    *,
+    num_token_ids: int | None = None,
+    look_ahead: bool = False,
+    device: str = "cpu",
+    use_graphs: bool = True,
+) -> Engine:
+    """A real engine on the model in `folder`, under the limits of `squeeze`."""
+    base = load_base_model(folder, folder.name, ModelConfig(dtype=dtype, device=device))
+    each = block_bytes(base.kv_shapes, squeeze.block_size, base.dtype)
+    config = EngineConfig(
+        model=ModelConfig(enforce_eager=not use_graphs),
+        cache=CacheConfig(block_size=squeeze.block_size, kv_cache_memory=each * (squeeze.num_blocks or 1024)),
+        scheduler=SchedulerConfig(
+            max_num_seqs=squeeze.max_num_seqs,
+            max_num_batched_tokens=squeeze.max_num_batched_tokens,
+            max_bypassed_steps=squeeze.max_bypassed_steps,
+        ),
+        lora=LoRALimits(
+            lora_memory=squeeze.lora_memory, max_loras=squeeze.max_loras, max_cpu_loras=squeeze.max_cpu_loras
+        ),
+    )
+    return Engine(config, base, num_token_ids=num_token_ids, look_ahead=look_ahead)
 
 
 @dataclass
@@ -55,18 +85,16 @@ class EngineHarness:
         device: str = "cpu",
         use_graphs: bool = True,
     ) -> "EngineHarness":
-        squeeze = squeeze or Squeeze()
-        base = load_base_model(folder, folder.name, ModelConfig(dtype=dtype, device=device))
-        each = block_bytes(base.kv_shapes, squeeze.block_size, base.dtype)
-        config = EngineConfig(
-            model=ModelConfig(enforce_eager=not use_graphs),
-            cache=CacheConfig(block_size=squeeze.block_size, kv_cache_memory=each * (squeeze.num_blocks or 1024)),
-            scheduler=SchedulerConfig(
-                max_num_seqs=squeeze.max_num_seqs, max_num_batched_tokens=squeeze.max_num_batched_tokens
-            ),
-            lora=LoRALimits(lora_memory=squeeze.lora_memory, max_loras=squeeze.max_loras),
+        engine = open_engine(
+            folder,
+            dtype,
+            squeeze or Squeeze(),
+            num_token_ids=num_token_ids,
+            look_ahead=look_ahead,
+            device=device,
+            use_graphs=use_graphs,
         )
-        harness = cls(Engine(config, base, num_token_ids=num_token_ids, look_ahead=look_ahead))
+        harness = cls(engine)
         harness._record_logits()
         return harness
 

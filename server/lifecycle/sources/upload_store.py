@@ -1,0 +1,188 @@
+"""Adapters that were uploaded, each in a folder named after the SHA-256 of its content, under one quota.
+
+An upload is written aside, flushed to the disk and only then given its name, so that what has a name is whole; the
+same content sent twice is kept once. Writing runs in worker threads, the counts are the event loop's. Knows nothing of
+HTTP beyond the body, nor of who uses an upload; whoever does must say when it may be removed.
+"""
+
+import asyncio
+import errno
+import hashlib
+import re
+import threading
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters.adapter_folder import WEIGHTS_NAME, AdapterFolder
+from adapters.errors import AdapterNotFound
+from adapters.lora_config import CONFIG_NAME, MAX_CONFIG_BYTES
+from server.lifecycle.sources.disk import Disk, NewFile, remove_tree, storage_errors
+from server.lifecycle.sources.errors import AdapterStorageFull, too_large
+from server.lifecycle.sources.in_thread import in_thread
+from server.lifecycle.sources.multipart_upload import FRAME_BYTES, UPLOAD_FILES, MultipartUpload
+from server.lifecycle.sources.staging import Staging
+
+_BATCH_BYTES = 1 << 20  # written at once: a hop to a worker thread for each piece a socket gives would cost more
+_ID = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    upload_id: str
+    num_bytes: int
+    is_new: bool  # False: the same content was here already
+
+    @property
+    def source(self) -> str:
+        return f"upload:{self.upload_id}"
+
+
+class UploadStore:
+    """`max_bytes` of weights in one upload, `quota` bytes in all. Made before the event loop runs, or in a thread.
+
+    Raises AdapterStorageFull and AdapterStorageFailed, as its methods do.
+    """
+
+    def __init__(self, folder: Path, *, quota: int, max_bytes: int, disk: Disk | None = None) -> None:
+        self._folder = folder
+        self._quota = quota
+        self._max_bytes = max_bytes
+        self._disk = disk or Disk()
+        self._staging = Staging(folder / "incoming", disk=self._disk)
+        self._naming = threading.Lock()
+        self._receiving = 0  # bytes on disk of uploads that are not whole yet
+
+    async def receive(self, content_type: str, body: AsyncIterator[bytes]) -> Upload:
+        """Take one multipart body to its end. Raises AdapterUploadInvalid, AdapterRefused (adapter_too_large),
+        AdapterStorageFull, AdapterStorageFailed, and what `body` raises; then nothing of it is kept.
+        """
+        kept = await asyncio.to_thread(self._kept_bytes)
+        incoming = await in_thread(
+            lambda: _Incoming(self._staging, self._disk, content_type, self._max_bytes), discard=_Incoming.remove
+        )
+        held = 0
+        try:
+            async for batch in _batches(body):
+                held += len(batch)
+                self._receiving += len(batch)
+                if held > self._max_bytes + MAX_CONFIG_BYTES + FRAME_BYTES:
+                    raise too_large("the upload", None, self._max_bytes, "max_adapter_bytes")
+                if kept + self._receiving > self._quota:
+                    raise AdapterStorageFull(f"uploads would take more than the {self._quota} bytes of --upload-quota")
+                await in_thread(lambda data=batch: incoming.feed(data), wait_if_cancelled=True)  # type: ignore[misc]
+            return await in_thread(lambda: incoming.keep(self._folder, self._naming), wait_if_cancelled=True)
+        finally:
+            self._receiving -= held
+            await in_thread(incoming.remove, wait_if_cancelled=True)
+
+    def open(self, upload_id: str) -> AdapterFolder:
+        """Blocks. Raises AdapterNotFound, AdapterRefused."""
+        path = self._folder / upload_id
+        if not _ID.fullmatch(upload_id) or not path.is_dir():
+            raise AdapterNotFound(f"there is no upload {upload_id[:64]} on this server; send it again")
+        return AdapterFolder.find(path)
+
+    def remove(self, upload_id: str) -> None:
+        """Blocks. Who reads it at this moment goes on reading; what is not there is removed already."""
+        if _ID.fullmatch(upload_id):
+            remove_tree(self._folder / upload_id)
+
+    def ids(self) -> frozenset[str]:
+        """Blocks."""
+        return frozenset(path.name for path in self._folder.iterdir() if _ID.fullmatch(path.name))
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all uploads. Blocks."""
+        return self._kept_bytes()
+
+    def _kept_bytes(self) -> int:
+        with storage_errors():
+            return sum(_size(self._folder / upload_id / name) for upload_id in self.ids() for name in UPLOAD_FILES)
+
+    def close(self) -> None:
+        """Removes what is not whole."""
+        self._staging.close()
+
+
+class _Incoming:
+    """One upload being written; used by one thread at a time."""
+
+    def __init__(self, staging: Staging, disk: Disk, content_type: str, max_bytes: int) -> None:
+        self._disk = disk
+        self._limits = {
+            CONFIG_NAME: ("max_config_bytes", MAX_CONFIG_BYTES),
+            WEIGHTS_NAME: ("max_adapter_bytes", max_bytes),
+        }
+        self._upload = MultipartUpload(content_type, self._keep_bytes)
+        self._files: dict[str, NewFile] = {}
+        self._digests = {name: hashlib.sha256() for name in UPLOAD_FILES}
+        self._path = staging.new_folder()
+
+    def feed(self, data: bytes) -> None:
+        self._upload.feed(data)
+
+    def _keep_bytes(self, name: str, data: memoryview) -> None:
+        file = self._files.get(name)
+        if file is None:
+            file = self._files[name] = NewFile(self._disk, self._path / name)
+        flag, limit = self._limits[name]
+        if file.num_bytes + len(data) > limit:
+            raise too_large(name, None, limit, flag)
+        file.write(data)
+        self._digests[name].update(data)
+
+    def keep(self, folder: Path, naming: threading.Lock) -> Upload:
+        """`naming` is held while it gets its name, so that nobody counts on one that is taken back."""
+        self._upload.finish()
+        for file in self._files.values():
+            file.sync()
+        num_bytes = sum(file.num_bytes for file in self._files.values())
+        upload_id = hashlib.sha256(b"".join(self._digests[name].digest() for name in UPLOAD_FILES)).hexdigest()
+        with naming:
+            return Upload(upload_id, num_bytes, self._give_name(folder, upload_id))
+
+    def _give_name(self, folder: Path, upload_id: str) -> bool:
+        """False: it was there already."""
+        final = folder / upload_id
+        if final.is_dir():
+            return False
+        with storage_errors(), ExitStack() as undo:
+            self._disk.sync_folder(self._path)
+            try:
+                self._disk.rename(self._path, final)
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster
+                    return False
+                raise
+            undo.callback(remove_tree, final)
+            self._disk.sync_folder(folder)
+            undo.pop_all()
+        return True
+
+    def remove(self) -> None:
+        """What was not kept. Must be called in the end."""
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+        remove_tree(self._path)
+
+
+async def _batches(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    batch = bytearray()
+    async for data in body:
+        batch += data
+        if len(batch) >= _BATCH_BYTES:
+            yield bytes(batch)
+            batch.clear()
+    if batch:
+        yield bytes(batch)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # removed meanwhile
+        return 0

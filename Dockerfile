@@ -27,10 +27,11 @@ RUN if [ "$DEVICE" = cuda ]; then compiler="gcc libc6-dev"; fi \
  && useradd --create-home --uid 10001 loramux \
  && install -d -o loramux -g loramux /cache
 COPY --from=build /venv /venv
-# The converted default model, hub snapshots and compiled kernels are kept under /cache: mount a volume there.
+# Loaded adapters, the converted default model, hub snapshots and compiled kernels are kept under /cache: mount a volume.
 ENV PATH=/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     LORAMUX_CACHE=/cache \
+    LORAMUX_STATE_DIR=/cache/state \
     HF_HOME=/cache/huggingface \
     NUMBA_CACHE_DIR=/cache/numba \
     TRITON_CACHE_DIR=/cache/triton \

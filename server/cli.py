@@ -24,11 +24,21 @@ app.command(
     "server.cli_serve:serve_command", name="serve", help="Serve MODEL and its adapters over HTTP until SIGTERM."
 )
 app.command("server.cli_check:check_command", name="check", help="Say whether the adapter in FOLDER would be served.")
-adapters_app = App(name="adapters", help="List, load and unload the adapters of a running server.")
+adapters_app = App(name="adapters", help="List, load, move and unload the adapters of a running server.")
 app.command(adapters_app)
-adapters_app.command("server.cli_adapters:list_command", name="ls", help="Show the adapters a server has.")
-adapters_app.command("server.cli_adapters:load_command", name="load", help="Load an adapter into a running server.")
-adapters_app.command("server.cli_adapters:unload_command", name="unload", help="Take an adapter's name away.")
+for _name, _function, _help in (
+    ("ls", "list_command", "Show the adapters a server has."),
+    ("load", "load_command", "Load an adapter into a running server."),
+    ("upload", "upload_command", "Send an adapter to a running server and load it there."),
+    ("unload", "unload_command", "Take an adapter's name away."),
+    ("describe", "describe_command", "Show everything about one adapter."),
+    ("pin", "pin_command", "Keep an adapter in host memory."),
+    ("unpin", "unpin_command", "Let an adapter leave host memory."),
+    ("alias", "alias_command", "Show, make, move or remove an alias."),
+    ("rollback", "rollback_command", "Let a name stand for what it stood for before."),
+    ("watch", "watch_command", "Show adapters as they change."),
+):
+    adapters_app.command(f"server.cli_adapters:{_function}", name=_name, help=_help)
 
 
 def main(arguments: list[str] | None = None) -> None:

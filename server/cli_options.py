@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from cyclopts import Group, Parameter, Token, validators
 
 from server.config import (
+    AdapterConfig,
     CacheConfig,
     EngineConfig,
     HTTPConfig,
@@ -26,11 +27,13 @@ from server.memory_size import format_memory, parse_memory
 _Config = TypeVar("_Config")
 
 _MODEL, _CACHE, _SCHEDULER, _LORA, _HTTP = ModelConfig(), CacheConfig(), SchedulerConfig(), LoRALimits(), HTTPConfig()
+_ADAPTERS = AdapterConfig()
 
 _MODEL_FLAGS = Group("Model", sort_key=1)
 _ADAPTER_FLAGS = Group("Adapters", sort_key=2)
-_ENGINE_FLAGS = Group("Memory and batching", sort_key=3)
-_HTTP_FLAGS = Group("HTTP", sort_key=4)
+_LIFE_FLAGS = Group("Sources and state of adapters", sort_key=3)
+_ENGINE_FLAGS = Group("Memory and batching", sort_key=4)
+_HTTP_FLAGS = Group("HTTP", sort_key=5)
 
 
 def _memory(_: Any, tokens: Sequence[Token]) -> int:
@@ -161,6 +164,62 @@ class ServeOptions:
         bool, Parameter(group=_ADAPTER_FLAGS, negative="", show_default=False, help="Accepted and ignored: always on.")
     ] = True
 
+    state_dir: Annotated[
+        Path | None, Parameter(group=_LIFE_FLAGS, help="Keeps adapters and names over a restart; forgotten if unset.")
+    ] = _ADAPTERS.state_dir
+    database_url: Annotated[
+        str | None,
+        Parameter(
+            group=_LIFE_FLAGS,
+            help="Database of names, for replicas to share: postgresql+psycopg://...; SQLite in the state folder.",
+        ),
+    ] = _ADAPTERS.database_url
+    allowed_roots: Annotated[
+        tuple[Path, ...],
+        Parameter(
+            group=_LIFE_FLAGS,
+            consume_multiple=True,
+            negative="",
+            show_default=False,
+            help="Folders that adapters may be loaded from; any the server can read if unset.",
+        ),
+    ] = _ADAPTERS.allowed_roots
+    allowed_urls: Annotated[
+        tuple[str, ...],
+        Parameter(
+            group=_LIFE_FLAGS,
+            consume_multiple=True,
+            negative="",
+            help="Prefixes that adapters may be fetched from: hf:// s3:// gs:// az:// https://.",
+        ),
+    ] = _ADAPTERS.allowed_urls
+    upload_quota: Annotated[Memory, Parameter(group=_LIFE_FLAGS, help="Disk for uploaded adapters.")] = (
+        _ADAPTERS.upload_quota
+    )
+    keep_versions: Annotated[
+        int,
+        Parameter(
+            group=_LIFE_FLAGS, validator=validators.Number(gte=0, lte=100), help="Replaced ones kept, to go back."
+        ),
+    ] = _ADAPTERS.keep_versions
+    adapter_timeout: Annotated[
+        float,
+        Parameter(group=_LIFE_FLAGS, validator=validators.Number(gt=0), help="Seconds to wait for a cold adapter."),
+    ] = _ADAPTERS.adapter_timeout
+    source_template: Annotated[
+        str | None,
+        Parameter(
+            group=_LIFE_FLAGS, help="Where a name that nobody registered is looked for: hf://org/{name}, /srv/{name}."
+        ),
+    ] = _ADAPTERS.source_template
+    adapter_dir: Annotated[
+        Path | None,
+        Parameter(group=_LIFE_FLAGS, help="Folder whose subfolders are adapters, for as long as they are there."),
+    ] = _ADAPTERS.adapter_dir
+    adapters_file: Annotated[
+        Path | None, Parameter(group=_LIFE_FLAGS, help="YAML file that says which adapters and aliases to serve.")
+    ] = _ADAPTERS.adapters_file
+
     kv_cache_memory: Annotated[
         Memory, Parameter(group=_ENGINE_FLAGS, help="The paged KV cache: 512MiB, 2GiB, GiB, or bytes.")
     ] = _CACHE.kv_cache_memory
@@ -224,6 +283,7 @@ class ServeOptions:
                 scheduler=self._part(SchedulerConfig),
                 lora=self._part(LoRALimits),
             ),
+            adapters=self._part(AdapterConfig),
             http=self._part(HTTPConfig),
             served_model_names=self.served_model_name,
             lora_modules=tuple(chosen.items()),

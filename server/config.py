@@ -39,7 +39,7 @@ class SchedulerConfig:
     max_num_seqs: int = 64  # rows per step
     max_num_batched_tokens: int = 512  # tokens per step
     max_waiting: int = 512  # requests in the queue before new ones are answered 429
-    max_bypassed_steps: int = 256  # steps a request may be overtaken for want of adapter room before it blocks the rest
+    max_bypassed_steps: int = 64  # steps a request may be overtaken for want of adapter room before it blocks the rest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +80,25 @@ class HTTPConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterConfig:
+    """Where adapters may come from, and what the server keeps of them."""
+
+    state_dir: Path | None = None  # None = a temporary folder: what was loaded over HTTP is forgotten at exit
+    database_url: str | None = field(default=None, repr=False)  # None = SQLite in the state folder
+    allowed_roots: tuple[Path, ...] = ()  # folders adapters may lie in; () = any the server can read
+    allowed_urls: tuple[str, ...] = ("hf://",)  # prefixes of the remote sources
+    upload_quota: int = 10 * GIB  # bytes of all uploads
+    keep_versions: int = 2  # replaced versions a name keeps on disk
+    adapter_timeout: float = 30.0  # seconds a request waits for an adapter that is not in memory
+    source_template: str | None = None  # where a name that nobody registered is looked for: hf://org/{name}
+    adapter_dir: Path | None = None  # each subfolder is an adapter, for as long as it is there
+    adapters_file: Path | None = None  # YAML that says what is to be served
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
     http: HTTPConfig = field(default_factory=HTTPConfig)
     served_model_names: tuple[str, ...] = ()  # () = the model's own name; the first is the one in replies
     lora_modules: tuple[tuple[str, Path], ...] = ()  # (name, folder) loaded at start

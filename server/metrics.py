@@ -20,6 +20,7 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from server.adapter_life_metrics import AdapterLifeCollector, AdapterLifeSnapshot
 from server.adapter_metrics import (
     ENGINE,
     LATENCY_BUCKETS,
@@ -138,6 +139,10 @@ class Metrics:
         """Publish at each scrape what `parts` says of bytes by name, and what the process has of memory and time."""
         self.registry.register(MemoryCollector(self.model_name, parts))
         ProcessCollector(registry=self.registry)
+
+    def watch_adapter_life(self, snapshot: Callable[[], AdapterLifeSnapshot]) -> None:
+        """Ask for states, tiers and waits of adapters at each scrape."""
+        self.registry.register(AdapterLifeCollector(self.model_name, snapshot))
 
     def set_cache_config(self, **labels: Any) -> None:
         """Publish the KV cache's size once, as `vllm:cache_config_info{block_size, num_gpu_blocks, …} 1`."""

@@ -10,8 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -19,11 +18,8 @@ import uvicorn
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from adapters.adapter_ref import AdapterRef
-from adapters.checkpoint import CheckpointLimits, load_lora_model
 from adapters.errors import AdapterError
 from server import process_start, startup_panel
-from server.adapter_service import AdapterService
 from server.api.app import create_app
 from server.api.auth import check_binding
 from server.api.context import ServerContext
@@ -33,6 +29,9 @@ from server.config import HTTPConfig, SchedulerConfig, ServerConfig
 from server.default_model import ResolvedModel, resolve_model
 from server.engine.base_model import load_base_model
 from server.engine.engine import Engine
+from server.lifecycle.assembly import AdapterParts, open_adapters
+from server.lifecycle.catalogue_errors import CatalogueError
+from server.lifecycle.control import START_OWNER, WantedAdapter
 from server.metrics import Metrics
 from server.tokenizer import Tokenizer, TokenizerNotLoaded
 
@@ -57,7 +56,8 @@ class Drainable(Protocol):
 class AdapterLoader(Protocol):
     """What starting asks of the adapter service."""
 
-    async def load(self, name: str, source: str) -> AdapterRef: ...
+    async def apply(self, wanted: WantedAdapter) -> None: ...
+    async def forget_start(self, names: Sequence[str]) -> None: ...
 
 
 def serve(config: ServerConfig, console: Console) -> None:
@@ -120,55 +120,65 @@ class _Running:
         engine = AsyncEngine(self.ready_engine, self.config.engine.scheduler)
         engine.start()
         try:
-            context = self._context(engine)
-            refs = await load_adapters(context.adapters, self.config.lora_modules)
-            server = _QuietServer(_uvicorn_config(self.config.http, context))
-            stop = _stop_events()
-            serving = asyncio.create_task(server.serve(sockets=[self.sock]))
-            await _until_started(server, serving)
-            self._announce(engine, refs)
-            await asyncio.wait({serving, asyncio.create_task(stop[0].wait())}, return_when=asyncio.FIRST_COMPLETED)
-            await drain(engine, self.config.http.shutdown_timeout, stop[1], self.console)
-            server.should_exit = True
-            await serving
+            async with AsyncExitStack() as stack:
+                stack.push_async_callback(engine.drain, 0)
+                await self._serve(engine, await self._context(engine, stack), stack)
         finally:
             await engine.drain(0)
 
-    def _context(self, engine: AsyncEngine) -> ServerContext:
+    async def _serve(self, engine: AsyncEngine, context: ServerContext, stack: AsyncExitStack) -> None:
+        server = _QuietServer(_uvicorn_config(self.config.http, context))
+        stop = _stop_events()
+        serving = asyncio.create_task(server.serve(sockets=[self.sock]))
+        await _until_started(server, serving)
+        self._announce(engine, context)
+        await asyncio.wait({serving, asyncio.create_task(stop[0].wait())}, return_when=asyncio.FIRST_COMPLETED)
+        await drain(engine, self.config.http.shutdown_timeout, stop[1], self.console)
+        server.should_exit = True
+        await serving
+
+    async def _context(self, engine: AsyncEngine, stack: AsyncExitStack) -> ServerContext:
+        """What the routes work with, its adapters loaded, in the care of the stack."""
         metrics = Metrics(self.names[0], max_adapters=self.config.http.metrics_adapters)
         metrics.set_cache_config(block_size=engine.info.block_size, num_gpu_blocks=engine.info.memory.num_blocks)
         engine.add_observer(metrics.observe_step)
-        lora = self.config.engine.lora
-        limits = CheckpointLimits(max_lora_rank=lora.max_lora_rank, max_adapter_bytes=lora.max_adapter_bytes)
-        read = partial(load_lora_model, base=engine.info.base, limits=limits, dtype=engine.info.dtype)
-        adapters = AdapterService(
-            engine,
-            read,
-            metrics,
-            base_names=self.names,
-            lora_rows=engine.info.memory.lora_rows,
-            max_loras=lora.max_loras,
-        )
+        parts = await self._open_adapters(engine, metrics, stack)
         memory = engine.info.memory
         fixed = {"weights": memory.weights, "kv_cache": memory.kv_cache, "lora_pools": memory.lora_pools}
-        metrics.watch_memory(lambda: {**fixed, "cpu_loras": adapters.host_bytes})
+        metrics.watch_memory(lambda: {**fixed, "cpu_loras": parts.service.host.num_bytes})
         return ServerContext(
             engine=engine,
             tokenizer=self.tokenizer,
-            adapters=adapters,
+            adapters=parts.service,
+            uploads=parts.uploads,
             metrics=metrics,
             config=self.config,
             model_name=self.names[0],
         )
 
-    def _announce(self, engine: AsyncEngine, refs: Sequence[AdapterRef]) -> None:
+    async def _open_adapters(self, engine: AsyncEngine, metrics: Metrics, stack: AsyncExitStack) -> AdapterParts:
+        """The adapters of the state folder known, those of the command line loaded, what steers them running."""
+        config, lora = self.config.adapters, self.config.engine.lora
+        try:
+            parts = await open_adapters(stack, engine, metrics, config, lora, base_names=self.names)
+            await parts.service.start()
+            await load_adapters(parts.service, self.config.lora_modules)
+            steering = parts.reconcilers(config)
+        except (OSError, ValueError, AdapterError, CatalogueError) as error:
+            raise StartupRefused(f"adapters cannot be served: {error}") from error
+        for each in steering:
+            task = asyncio.create_task(each.run(), name=type(each).__name__)
+            stack.push_async_callback(_cancelled, task)
+        return parts
+
+    def _announce(self, engine: AsyncEngine, context: ServerContext) -> None:
         host, port = self.sock.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         started = startup_panel.Started(
             config=self.config,
             info=engine.info,
             model_name=self.names[0],
-            adapters=refs,
+            adapters=[info.ref for info in context.adapters.registry.list()],
             url=f"http://{shown}:{port}",
             seconds=time.monotonic() - process_start.BEGAN,
         )
@@ -212,15 +222,22 @@ def bound_socket(http: HTTPConfig) -> Iterator[socket.socket]:
         yield sock
 
 
-async def load_adapters(service: AdapterLoader, modules: Sequence[tuple[str, Path]]) -> list[AdapterRef]:
-    """Load every adapter named at start; one that is refused stops the start, as a server without it would mislead."""
-    refs = []
+async def load_adapters(service: AdapterLoader, modules: Sequence[tuple[str, Path]]) -> None:
+    """Load every adapter named at start; one that is refused stops the start, as a server without it would mislead.
+    What an earlier start named and this one does not is taken away.
+    """
     for name, folder in modules:
+        wanted = WantedAdapter(name=name, source=str(folder.absolute()), managed_by=START_OWNER)
         try:
-            refs.append(await service.load(name, str(folder)))
+            await service.apply(wanted)
         except AdapterError as error:
             raise StartupRefused(f"adapter {name!r} from {folder} cannot be served: {error}") from error
-    return refs
+    await service.forget_start([name for name, _ in modules])
+
+
+async def _cancelled(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.wait({task})
 
 
 async def _until_started(server: uvicorn.Server, serving: "asyncio.Task[None]") -> None:

@@ -72,7 +72,13 @@ def _rows(started: Started) -> Iterator[tuple[str, str]]:
         yield "adapter", f"{adapter.name} (rank {adapter.lora_rank}, {size}, {adapter.version[:12]})"
     if len(started.adapters) > _MAX_LISTED:
         yield "adapters", f"and {len(started.adapters) - _MAX_LISTED} more: loramux adapters ls"
+    yield "state", _state(started.config)
     yield "keys", _keys(started.config)
+
+
+def _state(config: ServerConfig) -> str:
+    folder = config.adapters.state_dir
+    return "temporary, gone at exit; --state-dir keeps adapters and names" if folder is None else str(folder)
 
 
 def _keys(config: ServerConfig) -> str:

@@ -6,7 +6,7 @@ redirected: the target would be built from the client's Host header.
 
 from fastapi import FastAPI
 
-from server.api import adapters, chat, completions, health, models, vllm
+from server.api import adapters, aliases, chat, completions, health, models, uploads, vllm
 from server.api.auth import KeyRing
 from server.api.context import ServerContext
 from server.api.error_handlers import install_error_handlers
@@ -19,7 +19,7 @@ def create_app(context: ServerContext) -> FastAPI:
     app.state.context = context
     app.state.keys = KeyRing(context.config.http)
     install_error_handlers(app)
-    for module in (completions, chat, models, adapters, vllm, health):
+    for module in (completions, chat, models, uploads, adapters, aliases, vllm, health):
         app.include_router(module.router)
     app.add_middleware(RequestMiddleware, max_header_bytes=context.config.http.max_header_bytes)
     return app

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 from starlette.responses import Response
 
+from server.api.admission import start_generation
 from server.api.answer import answer
 from server.api.auth import Role, role_router
 from server.api.context import ServerContext, server_context
@@ -21,7 +22,6 @@ from server.api.generation import (
     Generation,
     GenerationSpec,
     Prompt,
-    start_generation,
 )
 from server.api.protocol import DEFAULT_COMPLETION_TOKENS, CompletionRequest
 from server.api.replies import CompletionLogprobs, Envelope, usage_body
@@ -38,7 +38,9 @@ async def create_completion(
     body: CompletionRequest, request: Request, context: Annotated[ServerContext, Depends(server_context)]
 ) -> Response:
     check_choices(body.n, context.config.http.max_n)
-    generation = await start_generation(context, body.model, lambda: _prepare(context, body))
+    generation = await start_generation(
+        context, body.model, lambda: _prepare(context, body), key=body.sticky_key, receive=request.receive
+    )
     envelope = Envelope.new(context, prefix="cmpl", kind="text_completion", model=body.model)
     writer = _Writer(context, body, generation, envelope)
     return await answer(request, generation, writer, is_stream=body.stream, count_error=context.metrics.error)

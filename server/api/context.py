@@ -10,9 +10,10 @@ from typing import Protocol
 
 from fastapi import Request as HTTPRequest
 
-from server.adapter_service import AdapterService
 from server.config import ServerConfig
 from server.engine.request import EngineStats, Request, RequestOutput
+from server.lifecycle.adapter_service import AdapterService
+from server.lifecycle.sources.upload_store import UploadStore
 from server.metrics import Metrics
 from server.tokenizer import Tokenizer
 
@@ -60,6 +61,7 @@ class ServerContext:
     engine: EngineClient
     tokenizer: Tokenizer
     adapters: AdapterService
+    uploads: UploadStore
     metrics: Metrics
     config: ServerConfig
     model_name: str  # the first served name, the one replies carry

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, AdapterRefused
 from server.api.disconnect import ClientGone
 from server.errors import BadRequest, ServerError
 from server.metrics import Metrics
@@ -37,6 +37,15 @@ def error_body(message: str, *, error_type: str, param: str | None = None, code:
 
 def server_error_body(error: ServerError) -> dict[str, Any]:
     return error_body(error.message, error_type=error.error_type, param=error.param, code=error.code)
+
+
+def adapter_error_body(error: AdapterError, *, error_type: str | None = None) -> dict[str, Any]:
+    """OpenAI's four keys and, of a refusal, for programs, what was refused: feature, tensor, why and fix."""
+    by_status = "invalid_request_error" if error.status < 500 else "server_error"
+    body = error_body(str(error), error_type=error_type or by_status, code=error.code)
+    if isinstance(error, AdapterRefused):
+        body["error"] |= {"feature": error.feature, "tensor": error.tensor, "why": error.why, "fix": error.fix}
+    return body
 
 
 def error_response(request: Request, error: ServerError) -> JSONResponse:
@@ -98,8 +107,9 @@ async def _on_server_error(request: Request, error: Exception) -> Response:
 
 async def _on_adapter_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, AdapterError)
-    body = error_body(str(error), error_type="invalid_request_error", code=error.code)
-    return _reply(request, error.status, body)
+    retry_after = getattr(error, "retry_after", None)  # seconds; of errors that may pass
+    headers = {} if retry_after is None else {"retry-after": str(retry_after)}
+    return _reply(request, error.status, adapter_error_body(error), headers)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:

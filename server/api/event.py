@@ -17,6 +17,10 @@ def event(payload: Mapping[str, Any]) -> bytes:
     return format_sse_event(data_str=_JSON.encode(payload))
 
 
+def named_event(name: str, payload: Mapping[str, Any]) -> bytes:
+    return format_sse_event(data_str=_JSON.encode(payload), event=name)
+
+
 class EventTemplate:
     """The events that `event(make(text))` gives, for any text; `make` is asked once and uses the text once."""
 

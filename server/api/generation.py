@@ -1,20 +1,19 @@
-"""One place that turns (prompts × n) into admitted engine requests under one lease, and their streams into text.
+"""One generation: (prompts × n) admitted engine requests under one lease, and their streams turned into text.
 
-Both routes, streaming or not, go through here. Knows nothing of JSON, of HTTP, or of how replies look. Whatever ends a
-generation, `close` gives everything back: live requests are aborted, their metrics ended, the lease released.
+Both routes, streaming or not, read it; server/api/admission.py makes it. Knows nothing of JSON, of HTTP, or of how
+replies look. Whatever ends a generation, `close` gives everything back: live requests are aborted, their metrics ended,
+the lease released.
 """
 
 import asyncio
 import logging
-import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from adapters.adapter_ref import Lease
-from server.api.context import RequestStream, ServerContext
-from server.api.sampling import with_seed
-from server.engine.request import FinishReason, Request, RequestOutput, SamplingParams, TokenLogprob
+from server.api.context import RequestStream
+from server.api.leasing import refuse_revoked
+from server.engine.request import FinishReason, RequestOutput, SamplingParams, TokenLogprob
 from server.errors import EngineFailure, Unavailable
 from server.metrics import RequestMetrics
 from server.text_stream import TextStream
@@ -71,12 +70,13 @@ class Usage:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Choice:
+class Choice:
     """One engine request on its way to text."""
 
     index: int
     is_first_of_prompt: bool
     stream: RequestStream
+    lease: Lease | None
     text: TextStream
     metrics: RequestMetrics
     usage: Usage
@@ -121,6 +121,7 @@ class _Choice:
             raise EngineFailure(_ENGINE_FAILED)
         if output.finish_reason is FinishReason.ABORT:
             self.is_finished = True
+            refuse_revoked(self.lease)
             raise Unavailable(_SHUT_DOWN)
 
     def _count(self, output: RequestOutput, num_used: int) -> None:
@@ -146,7 +147,7 @@ class Generation:
 
     spec: GenerationSpec
     lease: Lease | None
-    choices: list[_Choice]
+    choices: list[Choice]
     usage: Usage
     _pumps: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -169,6 +170,11 @@ class Generation:
             num_open -= item.finish_reason is not None
             yield item
 
+    def revoke(self) -> None:
+        """Let every choice end where it is; whoever reads `deltas` is told why."""
+        for choice in self.choices:
+            choice.stream.abort()
+
     def close(self) -> None:
         """Give everything back; idempotent."""
         for pump in self._pumps:
@@ -180,90 +186,12 @@ class Generation:
             self.lease.release()
 
 
-async def _pump(choice: _Choice, merged: "asyncio.Queue[ChoiceDelta | Exception]") -> None:
+async def _pump(choice: Choice, merged: "asyncio.Queue[ChoiceDelta | Exception]") -> None:
     try:
         async for delta in choice.deltas():
             await merged.put(delta)
     except Exception as error:
         await merged.put(error)
-
-
-async def start_generation(
-    context: ServerContext, model: str, prepare: Callable[[], Awaitable[GenerationSpec]]
-) -> Generation:
-    """Lease the adapter, prepare (encode, check lengths) under the lease, admit all choices or none.
-
-    Raises ModelNotFound, whatever `prepare` raises, QueueFull or Unavailable; then nothing is left behind.
-    """
-    lease = context.adapters.acquire(model)
-    try:
-        spec = await prepare()
-        return _admit(context, lease, spec)
-    except BaseException:
-        if lease is not None:
-            lease.release()
-        raise
-
-
-def _admit(context: ServerContext, lease: Lease | None, spec: GenerationSpec) -> Generation:
-    requests = _requests(context, lease, spec)
-    streams = context.engine.admit(requests)
-    try:
-        return _generation(context, lease, spec, requests, streams)
-    except BaseException:
-        for stream in streams:  # before the lease is given back: the engine must not meet a freed version
-            stream.abort()
-        raise
-
-
-def _generation(
-    context: ServerContext,
-    lease: Lease | None,
-    spec: GenerationSpec,
-    requests: Sequence[Request],
-    streams: Sequence[RequestStream],
-) -> Generation:
-    usage = Usage(prompt_tokens=sum(len(prompt.token_ids) for prompt in spec.prompts))
-    choices = [
-        _Choice(
-            index=index,
-            is_first_of_prompt=index % spec.n == 0,
-            stream=stream,
-            text=TextStream(
-                context.tokenizer,
-                request.prompt_token_ids,
-                spec.stop,
-                spec.include_stop,
-                spec.skip_special_tokens,
-                request.sampling_params.min_tokens,
-            ),
-            metrics=context.metrics.request_started(
-                adapter=None if lease is None else lease.ref.name,
-                num_prompt_tokens=request.num_prompt_tokens,
-                arrival_time=request.arrival_time,
-            ),
-            usage=usage,
-        )
-        for index, (request, stream) in enumerate(zip(requests, streams, strict=True))
-    ]
-    return Generation(spec=spec, lease=lease, choices=choices, usage=usage)
-
-
-def _requests(context: ServerContext, lease: Lease | None, spec: GenerationSpec) -> list[Request]:
-    stem = uuid.uuid4().hex
-    eos = frozenset() if spec.ignore_eos else context.engine.info.eos_token_ids
-    return [
-        Request(
-            request_id=f"{stem}-{at * spec.n + choice}",
-            prompt_token_ids=prompt.token_ids,
-            sampling_params=with_seed(prompt.params, spec.seed, choice),
-            stop_ids=eos | frozenset(prompt.params.stop_token_ids),
-            adapters=() if lease is None else (lease.ref.use,),
-            arrival_time=time.monotonic(),
-        )
-        for at, prompt in enumerate(spec.prompts)
-        for choice in range(spec.n)
-    ]
 
 
 @dataclass(slots=True)

@@ -59,14 +59,17 @@ def _count_nodes(body: bytes) -> int:
 
 
 def _check_headers(request: Request, max_bytes: int) -> None:
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding.lower() != "identity":
-        raise BadRequest("Compressed request bodies are not accepted; send the JSON without Content-Encoding.")
+    refuse_compressed(request)
     if not _is_json(request.headers.get("content-type", "")):
         raise BadRequest("The request body must be JSON; send the header 'Content-Type: application/json'.")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
         raise _too_large(max_bytes)
+
+
+def refuse_compressed(request: Request) -> None:
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise BadRequest("Compressed request bodies are not accepted; send the body without Content-Encoding.")
 
 
 def _is_json(content_type: str) -> bool:
@@ -79,16 +82,22 @@ def _is_json(content_type: str) -> bool:
 async def _read_body(request: Request, max_bytes: int) -> bytes:
     chunks: list[bytes] = []
     size = 0
+    async for chunk in body_chunks(request):
+        size += len(chunk)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+async def body_chunks(request: Request) -> AsyncIterator[bytes]:
+    """The body as it comes. Raises ClientGone when it is cut off, BodyTooSlow when it stops coming."""
     stream = request.stream()
     try:
         while (chunk := await _next_chunk(stream)) is not None:
-            size += len(chunk)
-            if size > max_bytes:
-                raise _too_large(max_bytes)
-            chunks.append(chunk)
+            yield chunk
     except ClientDisconnect as error:
         raise ClientGone from error
-    return b"".join(chunks)
 
 
 async def _next_chunk(stream: AsyncIterator[bytes]) -> bytes | None:

@@ -15,6 +15,7 @@ from server.errors import BadRequest
 
 MAX_TEXT_CHARS = 2**20
 MAX_MODEL_CHARS = 512
+MAX_USER_CHARS = 512
 MAX_PROMPTS = 128
 MAX_CHOICES = 128  # n · prompts
 MAX_MESSAGES = 1024
@@ -96,6 +97,8 @@ class GenerationFields(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
+    user: str | None = Field(None, max_length=MAX_USER_CHARS)
+    safety_identifier: str | None = Field(None, max_length=MAX_USER_CHARS)
 
     @model_validator(mode="before")
     @classmethod
@@ -119,6 +122,12 @@ class GenerationFields(BaseModel):
     def max_new_tokens(self) -> int | None:
         """Tokens asked for; None = as many as the route's default allows."""
         return self.max_tokens
+
+    @property
+    def sticky_key(self) -> str | None:
+        """What an alias's choice stays the same for: the user, else the seed."""
+        user = self.safety_identifier or self.user
+        return user if user is not None else None if self.seed is None else str(self.seed)
 
     @property
     def includes_usage(self) -> bool:

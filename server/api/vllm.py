@@ -11,11 +11,11 @@ from fastapi import Depends
 from pydantic import Field
 from starlette.responses import PlainTextResponse, Response
 
-from adapters.errors import AdapterAlreadyLoaded, AdapterError, AdapterNotFound, AdapterRefused
-from server.api.adapters import MAX_SOURCE_CHARS, AdminFields, refusal_body
+from adapters.errors import AdapterAlreadyLoaded, AdapterError, AdapterNotFound
+from server.api.adapters import MAX_SOURCE_CHARS, AdminFields
 from server.api.auth import Role, role_router
 from server.api.context import ServerContext, server_context
-from server.api.error_handlers import error_body, error_reply
+from server.api.error_handlers import adapter_error_body, error_body, error_reply
 
 router = role_router(Role.ADMIN)
 
@@ -63,26 +63,31 @@ async def unload_lora_adapter(body: UnloadLoRAAdapterRequest, context: Context) 
         await context.adapters.unload(name)
     except AdapterNotFound as error:
         return _error(context, 404, f"The lora adapter '{name}' cannot be found.", code=error.code)
+    except AdapterError as error:
+        return _adapter_error(context, error)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
 def _load_failed(context: ServerContext, name: str, error: AdapterError) -> Response:
-    match error:
-        case AdapterRefused():
-            return _reply(context, error.status, refusal_body(error, error_type=_INVALID))
-        case AdapterAlreadyLoaded():
-            message = (
-                f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
-                "'load_inplace' to True."
-            )
-            return _error(context, error.status, message, code=error.code)
-        case _:
-            return _error(context, error.status, str(error), code=error.code)
+    if isinstance(error, AdapterAlreadyLoaded):
+        message = (
+            f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
+            "'load_inplace' to True."
+        )
+        return _error(context, error.status, message, code=error.code)
+    return _adapter_error(context, error)
+
+
+def _adapter_error(context: ServerContext, error: AdapterError) -> Response:
+    return _reply(context, error.status, adapter_error_body(error, error_type=_error_type(error.status)))
 
 
 def _error(context: ServerContext, status: int, message: str, *, code: str | None = None) -> Response:
-    error_type = _NOT_FOUND if status == 404 else _INVALID
-    return _reply(context, status, error_body(message, error_type=error_type, code=code))
+    return _reply(context, status, error_body(message, error_type=_error_type(status), code=code))
+
+
+def _error_type(status: int) -> str:
+    return _NOT_FOUND if status == 404 else _INVALID
 
 
 def _reply(context: ServerContext, status: int, body: dict[str, Any]) -> Response:

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from adapters.adapter_ref import AdapterRef, AdapterVersion, Lease
 from adapters.errors import AdapterAlreadyLoaded, AdapterNameInvalid, AdapterNotFound
-from adapters.registry import AdapterRegistry, AdapterState, check_adapter_name
+from adapters.registry import AdapterRegistry, check_adapter_name
 
 
 def ref_of(name: str, version: str, source: str = "somewhere") -> AdapterRef:
@@ -19,13 +19,17 @@ def ref_of(name: str, version: str, source: str = "somewhere") -> AdapterRef:
 
 
 class Scene:
-    """A registry, its clock that ticks once per look, and what it reported as unused."""
+    """A registry, its clock that ticks once per look, and what it reported as unused and as released."""
 
     def __init__(self) -> None:
         self.unused: list[str] = []
+        self.released: list[str] = []
         ticks = count(100)
         self.registry = AdapterRegistry(
-            reserved_names=["base"], on_unused=self.unused.append, clock=lambda: float(next(ticks))
+            reserved_names=["base"],
+            on_unused=self.unused.append,
+            on_released=self.released.append,
+            clock=lambda: float(next(ticks)),
         )
 
 
@@ -40,9 +44,7 @@ def test_a_lease_keeps_a_version_until_it_is_released(scene: Scene) -> None:
     assert scene.registry.unregister("a").version == "v1"
     with pytest.raises(AdapterNotFound):
         scene.registry.acquire("a")
-    assert [(info.ref.name, info.state, info.leases) for info in scene.registry.list()] == [
-        ("a", AdapterState.DRAINING, 1)
-    ]
+    assert [(info.ref.name, info.is_registered, info.leases) for info in scene.registry.list()] == [("a", False, 1)]
     assert scene.unused == [] and scene.registry.is_held(AdapterVersion("v1"))
     lease.release()
     lease.release()
@@ -85,7 +87,7 @@ def test_a_draining_version_comes_back_when_it_is_named_again(scene: Scene) -> N
     scene.registry.unregister("a")
     scene.registry.register(ref_of("again", "v1"))
     lease.release()
-    assert scene.unused == [] and scene.registry.describe("again").state is AdapterState.READY
+    assert scene.unused == [] and scene.registry.describe("again").is_registered
 
 
 def test_describe_tells_times_by_the_clock_given(scene: Scene) -> None:
@@ -110,6 +112,102 @@ def test_the_owner_may_register_from_within_the_callback() -> None:
     registry.unregister("a")
     assert calls == ["v1"] and "next" in registry
     registry.check_integrity()
+
+
+def test_every_release_is_told_before_the_version_is_forgotten(scene: Scene) -> None:
+    scene.registry.register(ref_of("a", "v1"))
+    first, second = scene.registry.acquire("a"), scene.registry.acquire("a")
+    assert scene.registry.num_leases(AdapterVersion("v1")) == 2
+    assert set(scene.registry.leases(AdapterVersion("v1"))) == {first, second}
+    first.release()
+    first.release()
+    assert (scene.released, scene.unused) == (["v1"], [])
+    scene.registry.unregister("a")
+    seen: list[bool] = []
+    registry = AdapterRegistry(
+        reserved_names=(),
+        on_unused=lambda version: seen.append(registry.is_held(version)),
+        on_released=lambda version: seen.append(registry.is_held(version) and not registry.num_leases(version)),
+    )
+    registry.register(ref_of("b", "v2"))
+    lease = registry.acquire("b")
+    registry.unregister("b")
+    lease.release()
+    assert seen == [True, False]
+    second.release()
+    assert (scene.released, scene.unused) == (["v1", "v1"], ["v1"])
+    assert scene.registry.num_leases(AdapterVersion("v1")) == 0 and not scene.registry.leases(AdapterVersion("v1"))
+
+
+V1, V2, V3 = (AdapterVersion(f"{digit}" * 64) for digit in "123")
+
+
+def keep(scene: Scene, name: str, version: str, *previous: str) -> None:
+    scene.registry.register(
+        ref_of(name, version), replace=True, previous=tuple(ref_of(name, before) for before in previous)
+    )
+
+
+def test_kept_versions_can_be_asked_for_and_are_not_current(scene: Scene) -> None:
+    keep(scene, "a", V1)
+    keep(scene, "a", V2, V1)
+    assert scene.unused == [] and scene.registry.is_held(V1)
+    assert [scene.registry.is_current(version) for version in (V1, V2, V3)] == [False, True, False]
+    assert scene.registry.names_of(V1) == scene.registry.names_of(V2) == ("a",)
+    old, new = scene.registry.acquire_version("a", V1), scene.registry.acquire("a")
+    assert (old.ref.version, new.ref.version, old.ref.name) == (V1, V2, "a")
+    assert [(info.ref.version, info.leases) for info in scene.registry.list()] == [(V2, 1)]
+    keep(scene, "a", V3, V2)  # V1 is kept no longer, and drains
+    draining = [info for info in scene.registry.list() if not info.is_registered]
+    assert [(info.ref.version, info.leases) for info in draining] == [(V1, 1)]
+    with pytest.raises(AdapterNotFound):
+        scene.registry.acquire_version("a", V1)
+    old.release()
+    assert scene.unused == [V1]
+    scene.registry.unregister("a")
+    assert scene.unused == [V1, V3]
+    new.release()
+    assert scene.unused == [V1, V3, V2]
+
+
+def test_back_to_a_kept_version(scene: Scene) -> None:
+    keep(scene, "a", V2, V1)
+    keep(scene, "a", V1, V2)
+    assert scene.unused == [] and scene.registry.describe("a").ref.version == V1
+    assert scene.registry.is_current(V1) and not scene.registry.is_current(V2)
+
+
+def test_a_version_that_one_name_keeps_and_another_stands_for_is_current(scene: Scene) -> None:
+    keep(scene, "a", V2, V1)
+    keep(scene, "b", V1)
+    assert scene.registry.is_current(V1) and scene.registry.names_of(V1) == ("a", "b")
+    scene.registry.unregister("b")
+    assert not scene.registry.is_current(V1) and scene.unused == []
+    scene.registry.unregister("a")
+    assert sorted(scene.unused) == [V1, V2]
+
+
+def test_a_version_is_found_by_digits_that_only_it_begins_with(scene: Scene) -> None:
+    near = AdapterVersion(V1[:10] + "a" * 54)
+    keep(scene, "a", V2, V1, near)
+    find = scene.registry.find_version
+    assert find("a", V2) == find("a", V2[:8]) == V2
+    assert find("a", V1[:11]) == V1 and find("a", near[:11]) == near
+    assert find("a", V1[:10]) is None, "two versions begin so"
+    assert find("a", V2[:7]) is None, "too few digits"
+    assert find("a", V3) is None and find("b", V2) is None and find("a", "") is None
+
+
+def test_a_revoked_lease_tells_its_holder_once_and_stays_until_it_is_released(scene: Scene) -> None:
+    scene.registry.register(ref_of("a", "v1"))
+    lease, calls = scene.registry.acquire("a"), list[str]()
+    lease.on_revoked = lambda: calls.append("revoked")
+    scene.registry.unregister("a")
+    lease.revoke()
+    assert lease.is_revoked and lease.is_open and calls == ["revoked"] and scene.unused == []
+    lease.release()
+    lease.revoke()
+    assert calls == ["revoked"] and scene.unused == ["v1"]
 
 
 @pytest.mark.parametrize("name", ["sql-lora", "org/repo", "base:sql", "org/repo@main", "a.b_c", "0", "A" * 128])
@@ -168,31 +266,35 @@ class RegistryMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.scene = Scene()
-        self.names: dict[str, str] = {}
+        self.names: dict[str, tuple[str, ...]] = {}  # the version it stands for, then those it keeps
         self.leases: list[Lease] = []
         self.num_lives = 0
+        self.num_released = 0
 
     def held(self) -> set[str]:
-        return set(self.names.values()) | {str(lease.ref.version) for lease in self.leases}
+        named = {version for versions in self.names.values() for version in versions}
+        return named | {str(lease.ref.version) for lease in self.leases}
 
-    def give(self, name: str, version: str) -> None:
-        self.num_lives += version not in self.held()
-        self.names[name] = version
+    def give(self, name: str, version: str, previous: list[str]) -> None:
+        self.num_lives += len({version, *previous} - self.held())
+        self.names[name] = (version, *previous)
 
-    @rule(name=NAMES, version=VERSIONS, replace=st.booleans())
-    def register(self, name: str, version: str, replace: bool) -> None:
-        is_taken = self.names.get(name) not in (None, version)
+    @rule(name=NAMES, version=VERSIONS, replace=st.booleans(), previous=st.lists(VERSIONS, max_size=2, unique=True))
+    def register(self, name: str, version: str, replace: bool, previous: list[str]) -> None:
+        previous = [before for before in previous if before != version]
+        is_taken = name in self.names and self.names[name][0] != version
+        kept = tuple(ref_of(name, before) for before in previous)
         try:
-            self.scene.registry.register(ref_of(name, version), replace=replace)
+            self.scene.registry.register(ref_of(name, version), replace=replace, previous=kept)
             assert replace or not is_taken
-            self.give(name, version)
+            self.give(name, version, previous)
         except AdapterAlreadyLoaded:
             assert is_taken and not replace
 
     @rule(name=NAMES)
     def unregister(self, name: str) -> None:
         try:
-            assert self.scene.registry.unregister(name).version == self.names.pop(name)
+            assert self.scene.registry.unregister(name).version == self.names.pop(name)[0]
         except AdapterNotFound:
             assert name not in self.names
 
@@ -200,21 +302,35 @@ class RegistryMachine(RuleBasedStateMachine):
     def acquire(self, name: str) -> None:
         try:
             self.leases.append(self.scene.registry.acquire(name))
-            assert self.leases[-1].ref.version == self.names[name]
+            assert self.leases[-1].ref.version == self.names[name][0]
         except AdapterNotFound:
             assert name not in self.names
+
+    @rule(name=NAMES, version=VERSIONS)
+    def acquire_version(self, name: str, version: str) -> None:
+        try:
+            self.leases.append(self.scene.registry.acquire_version(name, AdapterVersion(version)))
+            assert version in self.names[name] and self.leases[-1].ref.version == version
+        except AdapterNotFound:
+            assert version not in self.names.get(name, ())
 
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         if self.leases:
             self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1))).release()
+            self.num_released += 1
 
     @invariant()
     def agrees(self) -> None:
         registry = self.scene.registry
         registry.check_integrity()
-        assert {info.ref.name: info.ref.version for info in registry.list() if info.state == "ready"} == self.names
-        assert {str(info.ref.version) for info in registry.list()} == self.held()
+        registered = {info.ref.name: info.ref.version for info in registry.list() if info.is_registered}
+        assert registered == {name: versions[0] for name, versions in self.names.items()}
+        kept = {version for versions in self.names.values() for version in versions[1:]}
+        draining = {str(info.ref.version) for info in registry.list() if not info.is_registered}
+        assert draining == self.held() - kept - set(registered.values())
+        assert {version for version in ("v1", "v2", "v3") if registry.is_held(AdapterVersion(version))} == self.held()
+        assert len(self.scene.released) == self.num_released
         assert len(self.scene.unused) == self.num_lives - len(self.held())  # one report for each life that ended
 
 

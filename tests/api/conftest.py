@@ -14,11 +14,12 @@ import pytest_asyncio
 import uvicorn
 from fastapi import FastAPI
 
-from server.adapter_service import AdapterService
 from server.api.app import create_app
 from server.api.context import ServerContext
 from server.api.h11_protocol import h11_protocol
 from server.config import HTTPConfig, ServerConfig
+from server.lifecycle.adapter_service import AdapterService
+from server.lifecycle.sources.upload_store import UploadStore
 from server.metrics import Metrics
 from tests.api.fakes import BASE, FakeAdapters, FakeAsyncEngine, adapter_ref
 from tests.server.fakes import byte_level_tokenizer
@@ -50,6 +51,7 @@ def make_world(http: HTTPConfig | None = None) -> World:
         engine=engine,
         tokenizer=tokenizer,
         adapters=cast(AdapterService, adapters),
+        uploads=cast(UploadStore, None),  # no route of this world takes uploads
         metrics=Metrics(BASE),
         config=ServerConfig(http=http or HTTPConfig()),
         model_name=BASE,

@@ -145,22 +145,33 @@ class FakeStream:
 
 @dataclass
 class FakeAdapters:
-    """Names to references; counts open leases."""
+    """Names to references, all of them in memory; counts open leases."""
 
     refs: Mapping[str, AdapterRef]
     open_leases: list[Lease] = field(default_factory=list)
     num_acquired: int = 0
+    keys: list[str | None] = field(default_factory=list)  # what each request asked an alias's choice to go by
 
-    def acquire(self, model: str) -> Lease | None:
+    async def resolve(self, model: str, key: str | None = None) -> Lease | None:
+        return self.acquire(model, key)
+
+    def acquire(self, model: str, key: str | None = None) -> Lease | None:
+        self.keys.append(key)
         name = model.removeprefix(f"{BASE}:")
         if model == BASE:
             return None
         if name not in self.refs:
             raise ModelNotFound(f"The model '{model}' does not exist.", param="model")
-        lease = Lease(self.refs[name], lambda _ref: self.open_leases.remove(lease))
+        lease = Lease(self.refs[name], self.open_leases.remove)
         self.open_leases.append(lease)
         self.num_acquired += 1
         return lease
+
+    def is_ready(self, lease: Lease) -> bool:
+        return True
+
+    async def ready(self, lease: Lease | None) -> None:
+        assert lease is None or lease in self.open_leases
 
 
 def adapter_ref(name: str, digit: str) -> AdapterRef:

@@ -11,7 +11,8 @@ from tests.api.adapter_world import AdapterWorld, adapter_world
 
 
 async def post(world: AdapterWorld, **body: Any) -> tuple[int, dict[str, Any]]:
-    reply = await world.client.post("/v1/adapters", json=body)
+    """Load and wait for the end."""
+    reply = await world.client.post("/v1/adapters?wait=600", json=body)
     return reply.status_code, reply.json()
 
 
@@ -48,7 +49,7 @@ async def test_delete_while_in_use_drains(tmp_path: Path) -> None:
         assert [(entry["state"], entry["leases"]) for entry in listed] == [("draining", 1)]
         assert (await world.client.delete("/v1/adapters/sql")).status_code == 404
         lease.release()
-        await world.service.settle()
+        await world.settle()
         assert (await world.client.get("/v1/adapters")).json()["data"] == []
 
 
@@ -93,6 +94,7 @@ def num_errors(world: AdapterWorld, status: int, code: str) -> float:
         ({"name": "sql", "source": "/nowhere/at/all"}, 404, "adapter_not_found"),
         ({"name": "org/base", "source": "a"}, 400, "adapter_name_invalid"),
         ({"name": "../x", "source": "a"}, 400, "adapter_name_invalid"),
+        ({"name": "sql", "source": "/a\0b"}, 404, "adapter_not_found"),
         ({"name": "sql"}, 400, None),
         ({"name": 3, "source": "a"}, 400, None),
         ({"name": "sql", "source": "x" * 5000}, 400, None),

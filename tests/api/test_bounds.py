@@ -60,6 +60,8 @@ SHARED: list[tuple[str, list[Any], list[Any]]] = [
     ("stream", [True, False], [1, "true"]),
     ("stream_options", [None], [{"include_usage": True}, 3]),
     ("return_token_ids", [True, False], [1, "true"]),
+    ("user", ["", "u" * protocol.MAX_USER_CHARS, "\u00e9"], ["u" * (protocol.MAX_USER_CHARS + 1), 3, True, ["u"]]),
+    ("safety_identifier", ["", "u" * protocol.MAX_USER_CHARS], ["u" * (protocol.MAX_USER_CHARS + 1), 3, {}]),
 ]  # fmt: skip
 
 COMPLETIONS_ONLY: list[tuple[str, list[Any], list[Any]]] = [

@@ -169,7 +169,9 @@ def test_hostile_folders_are_refused_and_change_nothing(
             answering = elsewhere.submit(answer, client, BASE)
             folder = tmp_path / case.name
             case.build(hostile.draft(folder, base))
-            reply = httpx.post(server.url + "/v1/adapters", json={"name": "evil", "source": str(folder)}, timeout=60)
+            reply = httpx.post(
+                server.url + "/v1/adapters?wait=60", json={"name": "evil", "source": str(folder)}, timeout=60
+            )
             assert 400 <= reply.status_code < 500, (case.name, reply.text)
             assert reply.json()["error"]["code"] == case.code, (case.name, reply.text)
             meanwhile.append(answering.result())
@@ -231,8 +233,11 @@ def test_sigterm_drains_and_exits_0(tmp_path: Path, default_model_folder: Path) 
 def test_says_at_start_what_it_serves_and_how_to_try_it(tmp_path: Path, default_model_folder: Path) -> None:
     server = start_server(tmp_path / "log")
     try:
-        text = server.log.read_text()
-        assert BASE in text and "curl" in text and all(name in text for name in SAMPLE_NAMES)
+        deadline = time.monotonic() + 30
+        while "curl" not in (text := server.log.read_text()):  # said just after the first request can be answered
+            assert time.monotonic() < deadline, text
+            time.sleep(0.05)
+        assert BASE in text and all(name in text for name in SAMPLE_NAMES)
     finally:
         assert server.stop() == 0
 

@@ -1,12 +1,8 @@
 """The command line: every setting has a flag and an environment name, and errors are one line and a status."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import fields
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
-from typing import Any
 
 import pytest
 import torch
@@ -17,9 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from server.cli import run
 from server.cli_options import ServeOptions, parse_lora_module
-from server.config import CacheConfig, HTTPConfig, LoRALimits, ModelConfig, SchedulerConfig, ServerConfig
+from server.config import AdapterConfig, CacheConfig, HTTPConfig, LoRALimits, ModelConfig, SchedulerConfig, ServerConfig
 
-_PARTS = (ModelConfig, CacheConfig, SchedulerConfig, LoRALimits, HTTPConfig)
+_PARTS = (ModelConfig, CacheConfig, SchedulerConfig, LoRALimits, AdapterConfig, HTTPConfig)
 _SAMPLES = [("pirate", Path("/samples/pirate"))]
 
 
@@ -206,88 +202,3 @@ def test_check_refuses_with_why_and_fix(
 def test_check_of_no_adapter_is_status_1(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["check", str(tmp_path), "--model", str(tiny_model)]) == 1
     assert "is refused" in capsys.readouterr().out
-
-
-# adapters ls, load, unload
-
-
-class _FakeServer(BaseHTTPRequestHandler):
-    """Answers /v1/adapters as the server does, and keeps what it was sent."""
-
-    received: list[tuple[str, str, str | None, Any]]
-
-    def _answer(self) -> None:
-        length = int(self.headers.get("Content-Length") or 0)
-        body = json.loads(self.rfile.read(length)) if length else None
-        self.received.append((self.command, self.path, self.headers.get("Authorization"), body))
-        adapter = {
-            "name": "sql",
-            "version": "ab" * 32,
-            "lora_rank": 8,
-            "num_bytes": 2048,
-            "state": "ready",
-            "leases": 1,
-            "source": "/a/sql",
-        }
-        if self.headers.get("Authorization") == "Bearer wrong":
-            error = {"message": "not one of this server's keys", "type": "x", "param": None, "code": "invalid_api_key"}
-            return self._send(401, {"error": error})
-        self._send(200, {"object": "list", "data": [adapter]} if self.command == "GET" else adapter)
-
-    def _send(self, status: int, body: Any) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    do_GET = do_POST = do_DELETE = _answer
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server() -> Iterator[tuple[str, list[tuple[str, str, str | None, Any]]]]:
-    handler = type("Handler", (_FakeServer,), {"received": []})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
-        thread = Thread(target=http.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{http.server_port}", handler.received  # type: ignore[attr-defined]
-        http.shutdown()
-        thread.join()
-
-
-def test_ls_is_plain_lines_without_a_terminal(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    url, _ = server
-    assert run(["adapters", "ls", "--url", url]) == 0
-    header, row = capsys.readouterr().out.splitlines()
-    assert header.split("\t")[:3] == ["name", "version", "rank"]
-    assert row.split("\t") == ["sql", "abababababab", "8", "2 KiB", "ready", "1", "/a/sql"]
-
-
-def test_load_and_unload_send_what_was_typed(server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    url, received = server
-    monkeypatch.setenv("LORAMUX_ADMIN_API_KEY", "admin")
-    monkeypatch.chdir(tmp_path)
-    assert run(["adapters", "load", "sql", "folder", "--load-inplace", "--url", url]) == 0
-    assert run(["adapters", "unload", "org/sql:1", "--url", url]) == 0
-    source = str(tmp_path / "folder")
-    body = {"name": "sql", "source": source, "load_inplace": True}
-    assert received == [
-        ("POST", "/v1/adapters", "Bearer admin", body),
-        ("DELETE", "/v1/adapters/org/sql%3A1", "Bearer admin", None),
-    ]
-
-
-def test_errors_of_the_server_are_one_line(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    url, _ = server
-    assert run(["adapters", "ls", "--url", url, "--admin-api-key", "wrong"]) == 1
-    err = capsys.readouterr().err
-    assert "not one of this server's keys (401); set --admin-api-key" in err
-    assert len(err.splitlines()) == 1
-
-
-def test_no_server_names_the_way_out(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["adapters", "ls", "--url", "http://127.0.0.1:1"]) == 1
-    assert "no server answers at http://127.0.0.1:1" in capsys.readouterr().err

@@ -3,14 +3,15 @@
 import asyncio
 import io
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from adapters.adapter_ref import AdapterRef, AdapterVersion
 from adapters.errors import AdapterRefused, RefusalCode
 from server.config import HTTPConfig
+from server.lifecycle.control import START_OWNER, WantedAdapter
 from server.serve import StartupRefused, bound_socket, drain, load_adapters
 
 
@@ -74,19 +75,31 @@ def test_port_zero_takes_a_free_one_and_does_not_listen_yet() -> None:
 
 
 class _FakeLoader:
-    async def load(self, name: str, source: str) -> AdapterRef:
-        if name == "bad":
+    """Notes what is asked of it, in order."""
+
+    def __init__(self) -> None:
+        self.asked: list[object] = []
+
+    async def apply(self, wanted: WantedAdapter) -> None:
+        if wanted.name == "bad":
             raise AdapterRefused(RefusalCode.NONFINITE, "3 values are NaN", "Use an earlier checkpoint")
-        return AdapterRef(name=name, version=AdapterVersion("v"), source=source, lora_rank=8, num_bytes=1, modules=())
+        assert wanted.managed_by == START_OWNER and wanted.load_inplace
+        self.asked.append((wanted.name, wanted.source))
+
+    async def forget_start(self, names: Sequence[str]) -> None:
+        self.asked.append(list(names))
 
 
 @pytest.mark.asyncio
-async def test_adapters_are_loaded_in_the_order_named() -> None:
-    refs = await load_adapters(_FakeLoader(), [("b", Path("/b")), ("a", Path("/a"))])
-    assert [(ref.name, ref.source) for ref in refs] == [("b", "/b"), ("a", "/a")]
+async def test_adapters_are_loaded_in_the_order_named_and_those_of_an_earlier_start_forgotten() -> None:
+    loader = _FakeLoader()
+    await load_adapters(loader, [("b", Path("/b")), ("a", Path("/a"))])
+    assert loader.asked == [("b", "/b"), ("a", "/a"), ["b", "a"]]
 
 
 @pytest.mark.asyncio
 async def test_adapter_that_is_refused_stops_the_start() -> None:
+    loader = _FakeLoader()
     with pytest.raises(StartupRefused, match="'bad' from /x cannot be served: .*3 values are NaN. Use an earlier"):
-        await load_adapters(_FakeLoader(), [("bad", Path("/x"))])
+        await load_adapters(loader, [("bad", Path("/x"))])
+    assert loader.asked == [], "what an earlier start named was forgotten although this one failed"

@@ -1,0 +1,78 @@
+"""An adapter's folder as the multipart body of one request, read piece by piece. Knows nothing of HTTP."""
+
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_PIECE_BYTES = 1024**2
+
+
+class UploadImpossible(Exception):
+    """The folder cannot be sent; the message is for a person."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    head: bytes
+    path: Path
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUpload:
+    """`num_bytes` is the length of the whole body."""
+
+    content_type: str
+    parts: tuple[_Part, ...]
+    tail: bytes
+
+    @classmethod
+    def of(cls, folder: Path) -> "AdapterUpload":
+        """Raises UploadImpossible when one of the files is missing."""
+        boundary = secrets.token_hex(16)
+        parts = tuple(_part(folder / name, boundary, is_first=name == _FILES[0]) for name in _FILES)
+        return cls(f"multipart/form-data; boundary={boundary}", parts, f"\r\n--{boundary}--\r\n".encode())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(part.head) + part.num_bytes for part in self.parts) + len(self.tail)
+
+    def pieces(self, sent: Callable[[int], None]) -> Iterator[bytes]:
+        """The body in order; `sent` is told the length of a piece when the next one is asked for."""
+        for piece in self._pieces():
+            yield piece
+            sent(len(piece))
+
+    def _pieces(self) -> Iterator[bytes]:
+        for part in self.parts:
+            yield part.head
+            yield from _contents(part)
+        yield self.tail
+
+
+def _part(path: Path, boundary: str, *, is_first: bool) -> _Part:
+    try:
+        num_bytes = path.stat().st_size
+    except OSError as error:
+        why = f"{path} cannot be read: {error.strerror}; an adapter's folder has {' and '.join(_FILES)}"
+        raise UploadImpossible(why) from error
+    head = (
+        f"{'' if is_first else chr(13) + chr(10)}--{boundary}\r\n"
+        f'Content-Disposition: form-data; name="files"; filename="{path.name}"\r\n'
+        "Content-Type: application/octet-stream\r\n\r\n"
+    )
+    return _Part(head.encode(), path, num_bytes)
+
+
+def _contents(part: _Part) -> Iterator[bytes]:
+    """As many bytes as the file had when the length of the body was told."""
+    left = part.num_bytes
+    with part.path.open("rb") as file:
+        while left:
+            piece = file.read(min(left, _PIECE_BYTES))
+            if not piece:
+                raise UploadImpossible(f"{part.path} became shorter while it was sent; send it again")
+            left -= len(piece)
+            yield piece

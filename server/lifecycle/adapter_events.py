@@ -1,0 +1,62 @@
+"""Who wants to know that an adapter changed, and what changed since they last looked. Knows nothing of adapters.
+
+A reader that is slow misses steps in between, never the last one: only names are kept, each once, so the memory of a
+reader is bounded by the number of names.
+"""
+
+import asyncio
+from types import TracebackType
+from typing import Self
+
+
+class AdapterEvents:
+    def __init__(self) -> None:
+        self._readers: set[AdapterChanges] = set()
+
+    def publish(self, name: str) -> None:
+        """`name` is not what it was: its state, its version, or whether it is there at all."""
+        for reader in self._readers:
+            reader.add(name)
+
+    @property
+    def num_readers(self) -> int:
+        return len(self._readers)
+
+    def changes(self) -> "AdapterChanges":
+        """The names that change from now on, while the context lasts."""
+        return AdapterChanges(self._readers)
+
+
+class AdapterChanges:
+    """One reader's names. `next` may be called again and again, by one task at a time."""
+
+    def __init__(self, readers: "set[AdapterChanges]") -> None:
+        self._readers = readers
+        self._names: dict[str, None] = {}
+        self._has_some = asyncio.Event()
+        readers.add(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """No change is kept from now on; idempotent."""
+        self._readers.discard(self)
+
+    def add(self, name: str) -> None:
+        self._names[name] = None
+        self._has_some.set()
+
+    async def next(self) -> str:
+        """The name whose change is the oldest not yet told."""
+        await self._has_some.wait()
+        name = next(iter(self._names))
+        del self._names[name]
+        if not self._names:
+            self._has_some.clear()
+        return name

@@ -1,0 +1,90 @@
+"""Puts the parts of this package together for one server, and takes them down."""
+
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from adapters.checkpoint import CheckpointLimits, load_lora_model
+from adapters.version_store import VersionStore, base_key
+from server.async_engine import AsyncEngine
+from server.config import AdapterConfig, LoRALimits
+from server.lifecycle.adapter_service import AdapterService
+from server.lifecycle.adapters_file import AdaptersFile
+from server.lifecycle.catalogue import Catalogue
+from server.lifecycle.sources.source_template import SourceTemplate
+from server.lifecycle.sources.sources import SourceLimits, Sources
+from server.lifecycle.sources.upload_store import UploadStore
+from server.lifecycle.state_folder import StateFolder
+from server.lifecycle.watch_folder import WatchedFolder
+from server.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterParts:
+    service: AdapterService
+    uploads: UploadStore
+    state: StateFolder
+
+    def reconcilers(self, config: AdapterConfig) -> list[WatchedFolder | AdaptersFile]:
+        """What steers the service besides the routes; to be run as tasks once it has started."""
+        steering: list[WatchedFolder | AdaptersFile] = []
+        if config.adapter_dir is not None:
+            steering.append(WatchedFolder(config.adapter_dir, self.service, memory=self.state.folder_memory))
+        if config.adapters_file is not None:
+            steering.append(AdaptersFile(config.adapters_file, self.service))
+        return steering
+
+
+async def open_adapters(
+    stack: AsyncExitStack,
+    engine: AsyncEngine,
+    metrics: Metrics,
+    config: AdapterConfig,
+    lora: LoRALimits,
+    *,
+    base_names: Sequence[str],
+) -> AdapterParts:
+    """Parts that the stack closes, the service not started yet. Raises OSError, ValueError, AdapterError and
+    CatalogueError when state or settings cannot be used.
+    """
+    state = StateFolder.at(config.state_dir)
+    stack.callback(state.close)
+    uploads = UploadStore(state.uploads, quota=config.upload_quota, max_bytes=lora.max_adapter_bytes)
+    stack.callback(uploads.close)
+    sources = Sources(
+        roots=_roots(config),
+        allowed_urls=config.allowed_urls,
+        staging=state.staging,
+        limits=SourceLimits(max_bytes=lora.max_adapter_bytes),
+        uploads=uploads,
+    )
+    stack.callback(sources.close)
+    info = engine.info
+    limits = CheckpointLimits(max_lora_rank=lora.max_lora_rank, max_adapter_bytes=lora.max_adapter_bytes)
+    service = AdapterService(
+        engine,
+        partial(load_lora_model, base=info.base, limits=limits, dtype=info.dtype),
+        metrics,
+        catalogue=Catalogue.open(config.database_url or state.catalogue_url),
+        store=VersionStore(state.versions, base_key=base_key(info.base, info.dtype)),
+        sources=sources,
+        base_names=base_names,
+        limits=lora,
+        row_bytes=info.memory.lora_pools // info.memory.lora_rows,
+        lora_rows=info.memory.lora_rows,
+        keep_versions=config.keep_versions,
+        cold_timeout=config.adapter_timeout,
+        template=None if config.source_template is None else SourceTemplate(config.source_template),
+        uploads=uploads,
+    )
+    stack.push_async_callback(service.close)
+    engine.add_observer(service.device.observe_step)
+    return AdapterParts(service, uploads, state)
+
+
+def _roots(config: AdapterConfig) -> tuple[Path, ...]:
+    """A watched folder is allowed by having been named."""
+    watched = () if config.adapter_dir is None else (config.adapter_dir.absolute(),)
+    return (*config.allowed_roots, *watched) if config.allowed_roots else ()

@@ -1,0 +1,49 @@
+"""Reads adapters from their sources and checks them, a few at a time. Knows no names and keeps nothing."""
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+
+from adapters.adapter_folder import AdapterFolder
+from adapters.checkpoint import LoadedAdapter
+from server.lifecycle.sources.in_thread import in_thread
+from server.lifecycle.sources.sources import Progress, Sources
+
+ReadAdapter = Callable[[AdapterFolder], LoadedAdapter]
+"""Reads and checks one folder, in a worker thread; raises AdapterError."""
+
+_MAX_READS = 2  # folders read at once; each may take as much memory as an adapter may have
+
+
+def _ignore_progress(num_done: int, num_total: int | None) -> None:
+    pass
+
+
+def _ignore_fetched() -> None:
+    pass
+
+
+class SourceReader:
+    def __init__(self, sources: Sources, read: ReadAdapter) -> None:
+        self._sources = sources
+        self._read = read
+        self._reads = asyncio.Semaphore(_MAX_READS)
+
+    def check(self, source: str) -> None:
+        """Raises AdapterError for what can be told from the source's text."""
+        self._sources.check(source)
+
+    async def read(
+        self,
+        source: str,
+        *,
+        progress: Progress = _ignore_progress,
+        on_fetched: Callable[[], None] = _ignore_fetched,
+    ) -> LoadedAdapter:
+        """`on_fetched` is called between fetching and reading. Raises AdapterError."""
+        async with self._sources.fetched(source, progress) as folder:
+            on_fetched()
+            async with self._reads:
+                return await in_thread(
+                    partial(self._read, folder), wait_if_cancelled=True
+                )  # it reads what is closed then

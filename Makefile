@@ -1,4 +1,4 @@
-# setup, serve, test, check, bench, evaluate: everything a newcomer types. Stamps in .venv make a second call a no-op.
+# setup, serve, test, check, bench, churn, life, restart-proof, evaluate: everything a newcomer types. Stamps in .venv make a second call a no-op.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,9 +6,12 @@ STAMP := $(VENV)/.setup-stamp
 PYTEST_ARGS ?=
 SERVE_ARGS ?=
 BENCH_ARGS ?=
+CHURN_ARGS ?=
+LIFE_STEPS ?= 100000
+RESTART_KILLS ?= 200
 EVALUATE_ARGS ?=
 
-.PHONY: setup serve test check format bench evaluate clean
+.PHONY: setup serve test check format bench churn life restart-proof evaluate clean
 
 setup: $(STAMP)
 
@@ -39,6 +42,18 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m loadtest bench $(BENCH_ARGS)
+
+# 16 clients over 12 adapters while an operator loads, replaces and deletes: no token of another adapter, nothing lost.
+churn: setup
+	$(BIN)/python -m loadtest churn $(CHURN_ARGS)
+
+# The state machine over an adapter's life, as long as LIFE_STEPS says.
+life: setup
+	LORAMUX_LIFE_STEPS=$(LIFE_STEPS) $(BIN)/python -m pytest -q -s tests/engine/test_life_machine.py
+
+# A server killed RESTART_KILLS times while adapters are loaded, replaced and deleted: nothing acknowledged is lost.
+restart-proof: setup
+	LORAMUX_RESTART_KILLS=$(RESTART_KILLS) $(BIN)/python -m pytest -q -s tests/server/lifecycle/test_restart.py
 
 # The sample adapters on held-out items, base beside adapter.
 evaluate: setup

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import aiohttp
 
-from loadtest import bench_command, gpu_command, kernels, peers_command, run_command
+from loadtest import bench_command, churn_command, gpu_command, kernels, peers_command, run_command, tiers_command
 from loadtest.client import LoadTestFailed
 from loadtest.proof import MixDiffers
 
@@ -19,6 +19,8 @@ _COMMANDS: dict[str, ModuleType] = {
     "bench": bench_command,
     "peers": peers_command,
     "kernels": kernels,
+    "churn": churn_command,
+    "tiers": tiers_command,
     "gpu": gpu_command,
 }
 
@@ -41,7 +43,9 @@ def main(argv: Sequence[str]) -> int:
         failure: BaseException = error
     except ExceptionGroup as group:
         failure = group.exceptions[0]
+        while isinstance(failure, ExceptionGroup):
+            failure = failure.exceptions[0]
         if not isinstance(failure, LoadTestFailed | OSError | aiohttp.ClientError):
             raise
-    print(f"FAILED: {failure}", file=sys.stderr)
+    print(f"FAILED: {str(failure) or type(failure).__name__}", file=sys.stderr)
     return 1

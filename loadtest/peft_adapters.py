@@ -43,26 +43,35 @@ def write_adapters(folder: Path, shapes: Mapping[str, tuple[int, int]], count: i
     folders = [folder / f"a{seed}" for seed in range(count)]
     for seed, each in enumerate(folders):
         if not (each / "adapter_config.json").is_file():
-            _write_adapter(each, shapes, seed, base)
+            write_adapter(each, shapes, seed, base)
     return folders
 
 
-def _write_adapter(folder: Path, shapes: Mapping[str, tuple[int, int]], seed: int, base: str) -> None:
+def write_adapter(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    seed: int,
+    base: str,
+    *,
+    rank: int = RANK,
+    scale: float = _SCALE,
+) -> None:
+    """One adapter on all linears of `shapes`, alpha twice its rank; `scale` is the deviation of its random weights."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray] = {}
     for module, (in_features, out_features) in shapes.items():
         prefix = f"base_model.model.{module}"
-        for name, shape in (("lora_A", (RANK, in_features)), ("lora_B", (out_features, RANK))):
-            values = random.standard_normal(shape, dtype=np.float32) * np.float32(_SCALE)
+        for name, shape in (("lora_A", (rank, in_features)), ("lora_B", (out_features, rank))):
+            values = random.standard_normal(shape, dtype=np.float32) * np.float32(scale)
             tensors[f"{prefix}.{name}.weight"] = values.astype(np.float16)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": RANK,
-        "lora_alpha": ALPHA,
+        "r": rank,
+        "lora_alpha": ALPHA // RANK * rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted({module.rpartition(".")[2] for module in shapes}),

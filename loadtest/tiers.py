@@ -1,0 +1,209 @@
+"""What adapters on disk, in host memory and on the device cost: five figures, each a ratio of two sides of one run.
+
+Knows how each is measured and its bound; nothing of tables. Every figure proves from the server's metrics that what it
+compares took place.
+"""
+
+import asyncio
+import random
+import statistics
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any
+
+from loadtest import server_commands, servers
+from loadtest.churn_adapters import linear_shapes, pool_bytes, write_sources
+from loadtest.client import LoadTestFailed
+from loadtest.exposition import value
+from loadtest.peers_requirements import Requirement
+from loadtest.peers_weights import Weights, base_folder
+from loadtest.peft_adapters import write_adapter
+from loadtest.popularity import parse_popularity
+from loadtest.tier_requests import Answer, asker, loading
+
+Measure = Callable[[str], Coroutine[Any, Any, Requirement]]
+"""Takes a figure from the server at a URL."""
+
+_ROOM = 16  # adapters on the device, where it is short
+_MIXED_RANKS = (8, 16, 32, 64)
+_LOADS_A_SECOND = 10
+_MEAN_CHURN_RANK = 16  # what `pool_bytes` counts an adapter as
+
+
+class Tiers:
+    """`rounds` of each side, in turns; logs go to `results`."""
+
+    def __init__(self, weights: Weights, scratch: Path, results: Path, rounds: int) -> None:
+        self._weights = weights
+        self._scratch = scratch
+        self._results = results
+        self._rounds = rounds
+
+    def cold_start(self) -> Requirement:
+        """Host room for one adapter, so that each next one is read from disk; then it is asked for again."""
+
+        async def measure(url: str) -> Requirement:
+            folders = self._weights.peft_adapters(6)
+            async with asker(url) as one:
+                await one.load_all((folder.name, str(folder)) for folder in folders)
+                await one.ask(folders[0].name, 2)
+                before = value(await one.metrics(), "loramux:adapter_cold_loads_total") or 0
+                cold, warm = [], []
+                for number in range(10 * self._rounds):
+                    name = folders[(number + 1) % len(folders)].name
+                    cold.append((await one.ask(name, 2)).first_token)
+                    warm.append((await one.ask(name, 2)).first_token)
+                loads = (value(await one.metrics(), "loramux:adapter_cold_loads_total") or 0) - before
+            if loads != len(cold):
+                raise LoadTestFailed(f"{loads:g} adapters were read from disk for {len(cold)} requests that need it")
+            medians = statistics.median(cold), statistics.median(warm)
+            note = f"{medians[0] * 1e3:.0f} ms over {medians[1] * 1e3:.0f} ms, {len(cold)} each"
+            what = "TTFT of a 10 MB adapter from disk over one in memory, prompts of 64 tokens"
+            return Requirement(what=what, bound=1.5, value=medians[0] / medians[1], at_most=True, note=note)
+
+        return self._on("cold", measure, "--max-cpu-loras", "1")
+
+    def loads_beside(self) -> Requirement:
+        """Eight streams of eight adapters, alone and while others are replaced."""
+
+        async def measure(url: str) -> Requirement:
+            folders = self._weights.peft_adapters(8 + 40)
+            names, others = [folder.name for folder in folders[:8]], [str(folder) for folder in folders[8:]]
+            alone, beside, num_loads = list[float](), list[float](), 0.0
+            async with asker(url) as one:
+                await one.load_all((folder.name, str(folder)) for folder in folders[:8])
+                await one.together(names, 8, 16)
+                for _ in range(self._rounds):
+                    alone.append(_p99((await one.together(names, 8, 250))[1]))
+                    before = value(await one.metrics(), "loramux:adapter_loads_total") or 0
+                    async with loading(one, _LOADS_A_SECOND, others):
+                        rate, answers = await one.together(names, 8, 250)
+                    beside.append(_p99(answers))
+                    seconds = sum(answer.num_tokens for answer in answers) / rate
+                    num_loads += ((value(await one.metrics(), "loramux:adapter_loads_total") or 0) - before) / seconds
+            ratio = statistics.median(beside) / statistics.median(alone)
+            note = (
+                f"{statistics.median(beside) * 1e3:.1f} ms over {statistics.median(alone) * 1e3:.1f} ms; "
+                f"{num_loads / self._rounds:.1f} loads a second"
+            )
+            what = f"ITL p99 of 8 streams beside {_LOADS_A_SECOND} loads of 10 MB a second, over alone"
+            return Requirement(what=what, bound=1.3, value=ratio, at_most=True, note=note)
+
+        return self._on("beside", measure)
+
+    def larger_than_device(self) -> Requirement:
+        """Zipf over twice as many adapters as the device holds, over zipf over as many as it holds."""
+
+        async def measure(url: str) -> Requirement:
+            folders = self._weights.peft_adapters(2 * _ROOM)
+            async with asker(url) as one:
+                await one.load_all((folder.name, str(folder)) for folder in folders)
+                larger, fitting = list[float](), list[float]()
+                activations = 0.0
+                for number in range(self._rounds):
+                    fitting.append((await one.together(_zipf(folders[:_ROOM], number), 16, 48))[0])
+                    before = value(await one.metrics(), "loramux:adapter_activations_total") or 0
+                    larger.append((await one.together(_zipf(folders, number), 16, 48))[0])
+                    activations += (value(await one.metrics(), "loramux:adapter_activations_total") or 0) - before
+            note = f"{statistics.median(larger):.0f} over {statistics.median(fitting):.0f} tok/s, "
+            note += f"{activations / self._rounds:.0f} activations a round of 128 requests"
+            what = "tok/s, working set (zipf 1) twice the device's room over one that fits"
+            return Requirement(
+                what=what, bound=0.6, value=statistics.median(larger) / statistics.median(fitting), note=note
+            )
+
+        room = pool_bytes(base_folder(), _ROOM, bytes_per_value=2)
+        return self._on("larger", measure, "--lora-memory", str(room))
+
+    def many_registered(self) -> Requirement:
+        """The same traffic over the same 16 adapters, on a server that knows 2,000 and on one that knows these."""
+        folders = self._weights.peft_adapters(_ROOM)
+        tiny = self._tiny(2000 - _ROOM)
+        with ExitStack() as stack:
+            many = stack.enter_context(self._server("many"))
+            few = stack.enter_context(self._server("few"))
+
+            async def register(url: str, sources: Sequence[Path]) -> None:
+                async with asker(url) as one:
+                    await one.load_all((folder.name, str(folder)) for folder in sources)
+
+            async def rate(server: servers.Server, number: int) -> float:
+                async with asker(server.url, number) as one:
+                    return (await one.together(_zipf(folders, number), 8, 48))[0]
+
+            asyncio.run(register(many.url, [*folders, *tiny]))
+            asyncio.run(register(few.url, folders))
+            over, under = list[float](), list[float]()
+            few.hold()
+            for number in range(-1, self._rounds):  # the first warms up
+                rates = []
+                for server, other in ((many, few), (few, many)):
+                    other.hold()
+                    server.release()
+                    rates.append(asyncio.run(rate(server, number)))
+                if number >= 0:
+                    over.append(rates[0])
+                    under.append(rates[1])
+            many.release()
+            few.release()
+        ratio = statistics.median(over) / statistics.median(under)
+        note = f"{statistics.median(over):.0f} over {statistics.median(under):.0f} tok/s"
+        return Requirement(
+            what="tok/s, 2,000 adapters registered over 16, the same 16 asked for", bound=0.95, value=ratio, note=note
+        )
+
+    def pool_use(self) -> Requirement:
+        """Rows of the pools that are held over those that adapters there need, after traffic over mixed ranks."""
+
+        async def measure(url: str) -> Requirement:
+            folders = write_sources(self._scratch / "mixed", base_folder(), 32, ranks=_MIXED_RANKS)
+            async with asker(url) as one:
+                await one.load_all((folder.name, str(folder)) for folder in folders)
+                for number in range(self._rounds):
+                    await one.together(_zipf(folders, number), 16, 8)
+                page = await one.metrics()
+            useful = sum(
+                int(line.split('rank="')[1].split('"')[0])
+                for line in page.splitlines()
+                if line.startswith("vllm:lora_adapter_loaded{") and 'level="gpu"' in line
+            )
+            pools = next(float(x.split()[-1]) for x in page.splitlines() if 'part="lora_pools"' in x)
+            held = pools / _row_bytes() - (value(page, "loramux:lora_rows_free") or 0)
+            note = f"{held:.0f} rows held, {useful} of use, ranks {'/'.join(map(str, _MIXED_RANKS))}"
+            what = "pool bytes held over bytes of use, ranks mixed"
+            return Requirement(what=what, bound=1.05, value=held / useful, at_most=True, note=note)
+
+        room = pool_bytes(base_folder(), 24, bytes_per_value=2)
+        return self._on("pools", measure, "--lora-memory", str(room))
+
+    def _on(self, name: str, measure: Measure, *flags: str) -> Requirement:
+        with self._server(name, *flags) as server:
+            return asyncio.run(measure(server.url))
+
+    def _server(self, name: str, *flags: str) -> AbstractContextManager[servers.Server]:
+        command = server_commands.loramux_command([], port := servers.free_port(), *flags)
+        return servers.running(command.arguments, port=port, log=self._results / f"tiers-{name}.log")
+
+    def _tiny(self, count: int) -> list[Path]:
+        """Adapters of rank 1 on two linears: what is measured is that they are known, not what they weigh."""
+        every = linear_shapes(base_folder())
+        shapes = {name: every[name] for name in list(every)[:2]}
+        folders = [self._scratch / "tiny" / f"t{number}" for number in range(count)]
+        for number, folder in enumerate(folders):
+            write_adapter(folder, shapes, number, "base", rank=1)
+        return folders
+
+
+def _zipf(folders: Sequence[Path], seed: int) -> list[str]:
+    picks = parse_popularity("zipf:1")(128, len(folders), random.Random(seed))
+    return [folders[pick].name for pick in picks]
+
+
+def _p99(answers: Sequence[Answer]) -> float:
+    gaps = sorted(gap for answer in answers for gap in answer.gaps)
+    return float(gaps[int(0.99 * (len(gaps) - 1))])
+
+
+def _row_bytes() -> int:
+    return pool_bytes(base_folder(), 1, bytes_per_value=2) // _MEAN_CHURN_RANK

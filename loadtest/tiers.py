@@ -5,6 +5,7 @@ compares took place.
 """
 
 import asyncio
+import os
 import random
 import statistics
 from collections.abc import Callable, Coroutine, Sequence
@@ -41,7 +42,10 @@ class Tiers:
         self._rounds = rounds
 
     def cold_start(self) -> Requirement:
-        """Host room for one adapter, so that each next one is read from disk; then it is asked for again."""
+        """Host room for one adapter, so that each next one is read from disk, which the system does not hold in its
+        own cache either; then it is asked for again.
+        """
+        state = self._scratch / "cold"
 
         async def measure(url: str) -> Requirement:
             folders = self._weights.peft_adapters(6)
@@ -52,6 +56,7 @@ class Tiers:
                 cold, warm = [], []
                 for number in range(10 * self._rounds):
                     name = folders[(number + 1) % len(folders)].name
+                    await asyncio.to_thread(_leave_page_cache, state)
                     cold.append((await one.ask(name, 2)).first_token)
                     warm.append((await one.ask(name, 2)).first_token)
                 loads = (value(await one.metrics(), "loramux:adapter_cold_loads_total") or 0) - before
@@ -62,7 +67,7 @@ class Tiers:
             what = "TTFT of a 10 MB adapter from disk over one in memory, prompts of 64 tokens"
             return Requirement(what=what, bound=1.5, value=medians[0] / medians[1], at_most=True, note=note)
 
-        return self._on("cold", measure, "--max-cpu-loras", "1")
+        return self._on("cold", measure, "--max-cpu-loras", "1", "--state-dir", str(state))
 
     def loads_beside(self) -> Requirement:
         """Eight streams of eight adapters, alone and while others are replaced."""
@@ -193,6 +198,17 @@ class Tiers:
         for number, folder in enumerate(folders):
             write_adapter(folder, shapes, number, "base", rank=1)
         return folders
+
+
+def _leave_page_cache(folder: Path) -> None:
+    """What is read from these files next comes from the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            file = os.open(path, os.O_RDONLY)
+            try:
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(file)
 
 
 def _zipf(folders: Sequence[Path], seed: int) -> list[str]:

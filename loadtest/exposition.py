@@ -9,9 +9,11 @@ _ADAPTER_TRAFFIC = re.compile(
 """Counters of adapters brought in or put out, under whatever name a server gives them."""
 
 
-def value(page: str, name: str) -> float | None:
-    """The sum of all series called `name`; None when there is none."""
-    values = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", page, re.MULTILINE)
+def value(page: str, name: str, **labels: str) -> float | None:
+    """The sum of all series called `name` that carry these labels; None when there is none."""
+    series = re.findall(rf"^{re.escape(name)}(\{{[^}}]*\}})? (\S+)$", page, re.MULTILINE)
+    wanted = [re.compile(rf'[{{,]{key}="{re.escape(text)}"') for key, text in labels.items()]
+    values = [number for carried, number in series if all(each.search(carried) for each in wanted)]
     return sum(map(float, values)) if values else None
 
 

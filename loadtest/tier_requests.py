@@ -96,19 +96,31 @@ async def asker(url: str, seed: int = 0) -> AsyncIterator[Asker]:
 
 @asynccontextmanager
 async def loading(one: Asker, rate: float, sources: Sequence[str]) -> AsyncIterator[None]:
-    """Replace adapters beside what is done meanwhile, `rate` a second, each by other bytes than it had."""
+    """Replace adapters beside what is done meanwhile, `rate` a second, each by other bytes than it had.
+
+    What still waits at the end of the block is seen done, so read counts inside it. Raises LoadTestFailed when a load
+    failed.
+    """
+
+    def ended(task: asyncio.Task[None]) -> None:
+        waiting.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            failures.append(error)
 
     async def load_for_ever() -> None:
         began = asyncio.get_running_loop().time()
         for number in itertools.count():
             await asyncio.sleep(began + number / rate - asyncio.get_running_loop().time())
             waiting.add(task := asyncio.create_task(one.load(f"beside{number % 4}", sources[number % len(sources)])))
-            task.add_done_callback(waiting.discard)
+            task.add_done_callback(ended)
 
-    waiting: set[asyncio.Task[None]] = set()
-    task = asyncio.create_task(load_for_ever())
+    waiting, failures = set[asyncio.Task[None]](), list[BaseException]()
+    ordering = asyncio.create_task(load_for_ever())
+    ordering.add_done_callback(ended)
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.gather(task, *waiting, return_exceptions=True)
+        ordering.cancel()
+        await asyncio.gather(ordering, *waiting, return_exceptions=True)
+    if failures:
+        raise LoadTestFailed(f"{len(failures)} loads beside the traffic failed, first {failures[0]}") from failures[0]

@@ -8,12 +8,13 @@ import asyncio
 import os
 import random
 import statistics
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
-from loadtest import server_commands, servers
+from loadtest import server_commands, servers, tier_proofs
 from loadtest.churn_adapters import linear_shapes, pool_bytes, write_sources
 from loadtest.client import LoadTestFailed
 from loadtest.exposition import value
@@ -21,7 +22,7 @@ from loadtest.peers_requirements import Requirement
 from loadtest.peers_weights import Weights, base_folder
 from loadtest.peft_adapters import write_adapter
 from loadtest.popularity import parse_popularity
-from loadtest.tier_requests import Answer, asker, loading
+from loadtest.tier_requests import Answer, Asker, asker, loading
 
 Measure = Callable[[str], Coroutine[Any, Any, Requirement]]
 """Takes a figure from the server at a URL."""
@@ -52,14 +53,14 @@ class Tiers:
             async with asker(url) as one:
                 await one.load_all((folder.name, str(folder)) for folder in folders)
                 await one.ask(folders[0].name, 2)
-                before = value(await one.metrics(), "loramux:adapter_cold_loads_total") or 0
+                before = tier_proofs.cold_loads(await one.metrics())
                 cold, warm = [], []
                 for number in range(10 * self._rounds):
                     name = folders[(number + 1) % len(folders)].name
                     await asyncio.to_thread(_leave_page_cache, state)
                     cold.append((await one.ask(name, 2)).first_token)
                     warm.append((await one.ask(name, 2)).first_token)
-                loads = (value(await one.metrics(), "loramux:adapter_cold_loads_total") or 0) - before
+                loads = tier_proofs.cold_loads(await one.metrics()) - before
             if loads != len(cold):
                 raise LoadTestFailed(f"{loads:g} adapters were read from disk for {len(cold)} requests that need it")
             medians = statistics.median(cold), statistics.median(warm)
@@ -75,22 +76,19 @@ class Tiers:
         async def measure(url: str) -> Requirement:
             folders = self._weights.peft_adapters(8 + 40)
             names, others = [folder.name for folder in folders[:8]], [str(folder) for folder in folders[8:]]
-            alone, beside, num_loads = list[float](), list[float](), 0.0
+            alone, beside, load_rates = list[float](), list[float](), list[float]()
             async with asker(url) as one:
                 await one.load_all((folder.name, str(folder)) for folder in folders[:8])
                 await one.together(names, 8, 16)
                 for _ in range(self._rounds):
                     alone.append(_p99((await one.together(names, 8, 250))[1]))
-                    before = value(await one.metrics(), "loramux:adapter_loads_total") or 0
-                    async with loading(one, _LOADS_A_SECOND, others):
-                        rate, answers = await one.together(names, 8, 250)
+                    answers, load_rate = await beside_loads(one, names, 250, others, _LOADS_A_SECOND)
                     beside.append(_p99(answers))
-                    seconds = sum(answer.num_tokens for answer in answers) / rate
-                    num_loads += ((value(await one.metrics(), "loramux:adapter_loads_total") or 0) - before) / seconds
+                    load_rates.append(load_rate)
             ratio = statistics.median(beside) / statistics.median(alone)
             note = (
                 f"{statistics.median(beside) * 1e3:.1f} ms over {statistics.median(alone) * 1e3:.1f} ms; "
-                f"{num_loads / self._rounds:.1f} loads a second"
+                f"{statistics.mean(load_rates):.1f} loads a second"
             )
             what = f"ITL p99 of 8 streams beside {_LOADS_A_SECOND} loads of 10 MB a second, over alone"
             return Requirement(what=what, bound=1.3, value=ratio, at_most=True, note=note)
@@ -198,6 +196,19 @@ class Tiers:
         for number, folder in enumerate(folders):
             write_adapter(folder, shapes, number, "base", rank=1)
         return folders
+
+
+async def beside_loads(
+    one: Asker, models: Sequence[str], max_tokens: int, sources: Sequence[str], rate: float
+) -> tuple[list[Answer], float]:
+    """A stream of each model while `rate` adapters a second are replaced; the answers, and the rate that was reached
+    before the last of them ended. Raises LoadTestFailed when that is too far from `rate`.
+    """
+    async with loading(one, rate, sources):
+        before, began = await one.metrics(), time.monotonic()
+        answers = (await one.together(models, len(models), max_tokens))[1]
+        after, seconds = await one.metrics(), time.monotonic() - began
+    return answers, tier_proofs.load_rate(before, after, seconds, rate)
 
 
 def _leave_page_cache(folder: Path) -> None:

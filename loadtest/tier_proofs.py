@@ -1,0 +1,27 @@
+"""What a server's metrics must show before a figure about adapters' tiers means anything.
+
+Each check raises LoadTestFailed where what is compared did not take place. Knows nothing of requests and of ratios.
+"""
+
+from loadtest.client import LoadTestFailed
+from loadtest.exposition import value
+
+_LEAST_SHARE = 0.9  # of the loads that were asked for
+
+
+def loads_done(page: str) -> float:
+    """Loads that brought other bytes; refused, failed and unchanged ones brought none."""
+    return sum(value(page, "loramux:adapter_loads_total", result=each) or 0.0 for each in ("loaded", "replaced"))
+
+
+def cold_loads(page: str) -> float:
+    """Adapters that were read from disk for a request."""
+    return value(page, "loramux:adapter_cold_loads_total", result="loaded") or 0.0
+
+
+def load_rate(before: str, after: str, seconds: float, asked: float) -> float:
+    """Loads a second between two pages; it must come near what was asked for."""
+    reached = (loads_done(after) - loads_done(before)) / seconds
+    if reached < _LEAST_SHARE * asked:
+        raise LoadTestFailed(f"{reached:.1f} loads a second were done beside the traffic, {asked:g} were asked for")
+    return reached

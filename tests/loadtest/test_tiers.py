@@ -1,0 +1,81 @@
+"""What the figures about adapters' tiers demand of the server, without one: what did not take place is no figure."""
+
+import asyncio
+import itertools
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from loadtest.client import LoadTestFailed
+from loadtest.exposition import value
+from loadtest.tier_requests import Answer, Asker
+from loadtest.tiers import beside_loads
+
+
+def page(**counts: float) -> str:
+    """adapter_loads_total by result."""
+    return "\n".join(f'loramux:adapter_loads_total{{model_name="m",result="{k}"}} {v}' for k, v in counts.items())
+
+
+def test_a_series_can_be_read_by_its_labels() -> None:
+    text = page(loaded=3, replaced=4, failed=5)
+    assert value(text, "loramux:adapter_loads_total") == 12
+    assert value(text, "loramux:adapter_loads_total", result="loaded") == 3
+    assert value(text, "loramux:adapter_loads_total", result="load") is None
+    assert value("plain 2", "plain") == 2 and value("plain 2", "plain", result="loaded") is None
+
+
+class StubAsker(Asker):
+    """Traffic of half a second; one load at a time, each of which takes `load_seconds` and ends as `result`."""
+
+    def __init__(self, load_seconds: float, result: Callable[[int], str]) -> None:
+        self._load_seconds = load_seconds
+        self._result = result
+        self._one_at_a_time = asyncio.Lock()
+        self._numbers = itertools.count()
+        self.counts = {"loaded": 7.0, "replaced": 0.0, "refused": 0.0, "failed": 0.0}
+
+    async def together(self, models: Sequence[str], in_flight: int, max_tokens: int) -> tuple[float, list[Answer]]:
+        await asyncio.sleep(0.5)
+        return 1.0, [Answer(0.0, (), max_tokens) for _ in models]
+
+    async def load(self, name: str, source: str, *, wait: float = 60.0) -> None:
+        result = self._result(next(self._numbers))
+        async with self._one_at_a_time:
+            await asyncio.sleep(self._load_seconds)
+            self.counts[result] += 1
+        if result == "raises":
+            raise LoadTestFailed("the disk is full")
+
+    async def metrics(self) -> str:
+        return page(**self.counts)
+
+
+def beside(stub: StubAsker) -> float:
+    answers, rate = asyncio.run(beside_loads(stub, ["a", "b"], 4, ["one", "two"], 40))
+    assert len(answers) == 2
+    return rate
+
+
+def test_loads_that_keep_up_are_counted() -> None:
+    assert 36 <= beside(StubAsker(0.0, lambda number: "replaced" if number else "loaded")) <= 44
+
+
+def test_loads_that_were_done_after_the_traffic_do_not_count() -> None:
+    stub = StubAsker(0.1, lambda _: "replaced")
+    with pytest.raises(LoadTestFailed, match="loads a second were done beside the traffic, 40 were asked for"):
+        beside(stub)
+    assert stub.counts["replaced"] > 15, "what was still waiting was not awaited"
+
+
+@pytest.mark.parametrize("result", ["refused", "failed"])
+def test_loads_that_brought_nothing_do_not_count(result: str) -> None:
+    with pytest.raises(LoadTestFailed, match=r"0\.0 loads a second"):
+        beside(StubAsker(0.0, lambda _: result))
+
+
+def test_a_load_that_failed_fails_the_figure() -> None:
+    stub = StubAsker(0.0, lambda number: "raises" if number == 3 else "replaced")
+    stub.counts["raises"] = 0
+    with pytest.raises(LoadTestFailed, match="1 loads beside the traffic failed, first the disk is full"):
+        beside(stub)

@@ -3,10 +3,30 @@
 Each check raises LoadTestFailed where what is compared did not take place. Knows nothing of requests and of ratios.
 """
 
+from dataclasses import dataclass
+
 from loadtest.client import LoadTestFailed
 from loadtest.exposition import value
 
 _LEAST_SHARE = 0.9  # of the loads that were asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """Adapters copied into the device's pools, and those that made room there."""
+
+    activations: float
+    evictions: float
+
+
+def moves(before: str, after: str) -> Moves:
+    """Between two pages."""
+    return Moves(*(late - early for early, late in zip(_moves_so_far(before), _moves_so_far(after), strict=True)))
+
+
+def check_moved(found: Moves, what: str) -> None:
+    if not found.activations:
+        raise LoadTestFailed(f"{what} brought no adapter to the device")
 
 
 def loads_done(page: str) -> float:
@@ -25,3 +45,8 @@ def load_rate(before: str, after: str, seconds: float, asked: float) -> float:
     if reached < _LEAST_SHARE * asked:
         raise LoadTestFailed(f"{reached:.1f} loads a second were done beside the traffic, {asked:g} were asked for")
     return reached
+
+
+def _moves_so_far(page: str) -> tuple[float, float]:
+    activations = value(page, "loramux:adapter_activations_total") or 0.0
+    return activations, value(page, "loramux:adapter_evictions_total", tier="device") or 0.0

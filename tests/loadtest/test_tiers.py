@@ -3,13 +3,14 @@
 import asyncio
 import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
 from loadtest.client import LoadTestFailed
 from loadtest.exposition import value
 from loadtest.tier_requests import Answer, Asker
-from loadtest.tiers import beside_loads
+from loadtest.tiers import beside_loads, in_turns
 
 
 def page(**counts: float) -> str:
@@ -79,3 +80,43 @@ def test_a_load_that_failed_fails_the_figure() -> None:
     stub.counts["raises"] = 0
     with pytest.raises(LoadTestFailed, match="1 loads beside the traffic failed, first the disk is full"):
         beside(stub)
+
+
+class StubDevice(Asker):
+    """A device with room for two adapters, where the first that came leaves first."""
+
+    def __init__(self, *, counts: bool = True) -> None:
+        self.passes: list[set[str]] = []
+        self._counts = counts
+        self._held: list[str] = []
+        self._activations = self._evictions = 0
+
+    async def together(self, models: Sequence[str], in_flight: int, max_tokens: int) -> tuple[float, list[Answer]]:
+        self.passes.append(set(models))
+        for model in models:
+            if model not in self._held:
+                self._activations += self._counts
+                self._evictions += len(self._held) == 2
+                self._held = [*self._held[-1:], model]
+        return float(len(self.passes)), []
+
+    async def metrics(self) -> str:
+        return (
+            f'loramux:adapter_activations_total{{model_name="m"}} {self._activations}\n'
+            'loramux:adapter_evictions_total{model_name="m",tier="host"} 1000\n'
+            f'loramux:adapter_evictions_total{{model_name="m",tier="device"}} {self._evictions}'
+        )
+
+
+def test_sides_take_turns_after_a_warm_up_that_is_not_counted() -> None:
+    stub = StubDevice()
+    folders = [Path(name) for name in "abcd"]
+    fitting, larger = asyncio.run(in_turns(stub, folders[:2], folders, 3))
+    assert [len(names) for names in stub.passes] == [4, 2, 2, 4, 4, 2, 2, 4]
+    assert [each.rate for each in fitting] == [3, 6, 7] and [each.rate for each in larger] == [4, 5, 8]
+    assert fitting[0].moves.activations == 0 < larger[0].moves.activations == larger[0].moves.evictions
+
+
+def test_a_larger_set_that_moved_nothing_is_no_figure() -> None:
+    with pytest.raises(LoadTestFailed, match="brought no adapter to the device"):
+        asyncio.run(in_turns(StubDevice(counts=False), [Path("a")], [Path("a"), Path("b")], 1))

@@ -3,6 +3,7 @@
 Each check raises LoadTestFailed where what is compared did not take place. Knows nothing of requests and of ratios.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from loadtest.client import LoadTestFailed
@@ -27,6 +28,29 @@ def moves(before: str, after: str) -> Moves:
 def check_moved(found: Moves, what: str) -> None:
     if not found.activations:
         raise LoadTestFailed(f"{what} brought no adapter to the device")
+
+
+def check_registered(page: str, count: int) -> None:
+    """As many names as `count`, and no more, stand for a version."""
+    found = sum(value(page, "loramux:adapters", state=each) or 0.0 for each in ("registered", "ready", "active"))
+    if found != count:
+        raise LoadTestFailed(f"{found:g} adapters are registered, not {count}")
+
+
+def ranks_on_device(page: str) -> list[int]:
+    """The rank of each adapter that has rows in the device's pools."""
+    lines = (line for line in page.splitlines() if line.startswith("vllm:lora_adapter_loaded{"))
+    return [int(line.split('rank="')[1].split('"')[0]) for line in lines if 'level="gpu"' in line]
+
+
+def check_mixed(pages: Sequence[str], ranks: Iterable[int]) -> None:
+    """The pools held each of `ranks` on some page, and adapters left them between the first page and the last."""
+    if missing := set(ranks).difference(*map(ranks_on_device, pages)):
+        raise LoadTestFailed(f"the pools never held an adapter of rank {'/'.join(map(str, sorted(missing)))}")
+    found = moves(pages[0], pages[-1])
+    check_moved(found, "the traffic over mixed ranks")
+    if not found.evictions:
+        raise LoadTestFailed("no adapter had to leave the pools, so their rows were given out once only")
 
 
 def loads_done(page: str) -> float:

@@ -132,6 +132,7 @@ class Tiers:
             async def register(url: str, sources: Sequence[Path]) -> None:
                 async with asker(url) as one:
                     await one.load_all((folder.name, str(folder)) for folder in sources)
+                    tier_proofs.check_registered(await one.metrics(), len(sources))
 
             async def rate(server: servers.Server, number: int) -> float:
                 async with asker(server.url, number) as one:
@@ -141,13 +142,13 @@ class Tiers:
             asyncio.run(register(few.url, folders))
             over, under = list[float](), list[float]()
             few.hold()
-            for number in range(-1, self._rounds):  # the first warms up
+            for number in range(self._rounds + 1):  # the first warms up
                 rates = []
                 for server, other in ((many, few), (few, many)):
                     other.hold()
                     server.release()
                     rates.append(asyncio.run(rate(server, number)))
-                if number >= 0:
+                if number:
                     over.append(rates[0])
                     under.append(rates[1])
             many.release()
@@ -165,14 +166,12 @@ class Tiers:
             folders = write_sources(self._scratch / "mixed", base_folder(), 32, ranks=_MIXED_RANKS)
             async with asker(url) as one:
                 await one.load_all((folder.name, str(folder)) for folder in folders)
+                pages = [await one.metrics()]
                 for number in range(self._rounds):
                     await one.together(_zipf(folders, number), 16, 8)
-                page = await one.metrics()
-            useful = sum(
-                int(line.split('rank="')[1].split('"')[0])
-                for line in page.splitlines()
-                if line.startswith("vllm:lora_adapter_loaded{") and 'level="gpu"' in line
-            )
+                    pages.append(page := await one.metrics())
+            tier_proofs.check_mixed(pages, _MIXED_RANKS)
+            useful = sum(tier_proofs.ranks_on_device(page))
             pools = next(float(x.split()[-1]) for x in page.splitlines() if 'part="lora_pools"' in x)
             held = pools / _row_bytes() - (value(page, "loramux:lora_rows_free") or 0)
             note = f"{held:.0f} rows held, {useful} of use, ranks {'/'.join(map(str, _MIXED_RANKS))}"

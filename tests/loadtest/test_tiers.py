@@ -9,6 +9,7 @@ import pytest
 
 from loadtest.client import LoadTestFailed
 from loadtest.exposition import value
+from loadtest.tier_proofs import check_mixed, check_registered
 from loadtest.tier_requests import Answer, Asker
 from loadtest.tiers import beside_loads, in_turns
 
@@ -120,3 +121,49 @@ def test_sides_take_turns_after_a_warm_up_that_is_not_counted() -> None:
 def test_a_larger_set_that_moved_nothing_is_no_figure() -> None:
     with pytest.raises(LoadTestFailed, match="brought no adapter to the device"):
         asyncio.run(in_turns(StubDevice(counts=False), [Path("a")], [Path("a"), Path("b")], 1))
+
+
+def test_as_many_names_must_be_registered_as_the_figure_says() -> None:
+    states = {"registered": 1984, "ready": 12, "active": 4, "failed": 1, "draining": 2, "fetching": 3}
+    text = "\n".join(f'loramux:adapters{{model_name="m",state="{state}"}} {n}' for state, n in states.items())
+    check_registered(text, 2000)
+    for count in (1999, 2006):
+        with pytest.raises(LoadTestFailed, match=f"2000 adapters are registered, not {count}"):
+            check_registered(text, count)
+    with pytest.raises(LoadTestFailed, match="0 adapters are registered, not 16"):
+        check_registered("", 16)
+
+
+def pools_page(ranks: Sequence[int], activations: int, evictions: int) -> str:
+    held = [
+        f'vllm:lora_adapter_loaded{{adapter_name="a{at}",level="gpu",model_name="m",pinned="false",rank="{rank}"}} 1'
+        for at, rank in enumerate(ranks)
+    ]
+    return "\n".join(
+        [
+            *held,
+            'vllm:lora_adapter_loaded{adapter_name="b",level="cpu",model_name="m",pinned="false",rank="64"} 1',
+            f'loramux:adapter_activations_total{{model_name="m"}} {activations}',
+            f'loramux:adapter_evictions_total{{model_name="m",tier="device"}} {evictions}',
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("rounds", "fault"),
+    [
+        ([((8, 16), 5, 2), ((32, 64), 9, 6)], None),
+        ([((8, 16), 5, 2), ((32, 8), 9, 6)], "never held an adapter of rank 64"),
+        ([((8, 16), 0, 0), ((32, 64), 0, 0)], "brought no adapter to the device"),
+        ([((8, 16), 2, 0), ((32, 64), 4, 0)], "no adapter had to leave the pools"),
+    ],
+)
+def test_pools_must_have_held_every_rank_and_given_rows_out_again(
+    rounds: list[tuple[tuple[int, ...], int, int]], fault: str | None
+) -> None:
+    pages = [pools_page((), 0, 0), *(pools_page(*each) for each in rounds)]
+    if fault is None:
+        check_mixed(pages, (8, 16, 32, 64))
+        return
+    with pytest.raises(LoadTestFailed, match=fault):
+        check_mixed(pages, (8, 16, 32, 64))

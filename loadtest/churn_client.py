@@ -48,6 +48,7 @@ class Answer:
     version: str | None = None
     token_ids: list[int] = field(default_factory=list)
     error: str | None = None  # why it is no whole reply
+    code: str | None = None  # of the error, if the server said one
 
     @property
     def is_whole(self) -> bool:
@@ -74,7 +75,8 @@ async def ask(session: aiohttp.ClientSession, question: Question, extra: Mapping
 
 async def _read(response: aiohttp.ClientResponse, answer: Answer) -> None:
     if response.status != 200:
-        answer.error = f"{response.status}: {(await response.text())[:200]}"
+        text = await response.text()
+        answer.error, answer.code = f"{response.status}: {text[:200]}", _code_of(text)
     elif answer.question.is_stream:
         await _read_stream(response, answer)
     else:
@@ -87,7 +89,15 @@ async def _read_stream(response: aiohttp.ClientResponse, answer: Answer) -> None
         for payload in lines.feed(chunk):
             event = json.loads(payload)
             if error := event.get("error"):
-                answer.error = f"failed midway: {error}"
+                answer.error, answer.code = f"failed midway: {error}", _code_of(payload)
                 return
             for choice in event["choices"]:
                 answer.token_ids += choice["token_ids"]
+
+
+def _code_of(text: str | bytes) -> str | None:
+    """The code in an error's body; None when the body is something else."""
+    try:
+        return str(json.loads(text)["error"]["code"])
+    except (ValueError, LookupError, TypeError):
+        return None

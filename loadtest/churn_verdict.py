@@ -7,6 +7,7 @@ from loadtest.churn_names import NameBook, Version
 from loadtest.churn_oracle import Oracle
 
 _MAX_EXAMPLES = 5
+_TAKEN_AWAY = "model_not_found"
 
 
 @dataclass(slots=True)
@@ -51,8 +52,9 @@ class Verdict:
             self._judge_cut(answer, book)
 
     def _judge_cut(self, answer: Answer, book: NameBook) -> None:
-        """No whole reply: only a delete that aborts may do that."""
-        if book.may_be_aborted(answer.question.model, answer.sent, answer.ended):
+        """No whole reply: only a delete that aborts may do that, and it says so: 404, or an event in mid-stream."""
+        is_said = answer.code == _TAKEN_AWAY and answer.status in (200, 404)
+        if is_said and book.may_be_aborted(answer.question.model, answer.sent, answer.ended):
             self.aborted += 1
         else:
             self.lost += 1

@@ -1,19 +1,26 @@
 """What the churn makes of names, replies and counters, without a server: each way to be wrong is seen as what it is."""
 
 import argparse
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from loadtest import churn_command
 from loadtest.churn_adapters import RANKS, linear_shapes, pool_bytes
-from loadtest.churn_client import Answer, Question
+from loadtest.churn_client import Answer, Question, ask
 from loadtest.churn_names import NameBook
 from loadtest.churn_oracle import Oracle
 from loadtest.churn_rest import HITS, PREEMPTIONS, Watch
 from loadtest.churn_verdict import Verdict
 
 BASE = "base"
+GONE = "model_not_found"
 ORACLE = Oracle(
     ("p",),
     (),
@@ -86,6 +93,11 @@ def answer(tokens: list[int], **given: object) -> Answer:
     return made
 
 
+def cut(tokens: list[int], **given: object) -> Answer:
+    """An answer that a delete with abort overlaps, and that is not whole."""
+    return answer(tokens, **{"version": "new", "error": "cut", "sent": 15.0, "headed": 16.0, "ended": 21.0, **given})
+
+
 @pytest.mark.parametrize(
     ("given", "counted"),
     [
@@ -103,11 +115,16 @@ def answer(tokens: list[int], **given: object) -> Answer:
         (answer([], status=404, error="404", model=BASE), {"lost": 1}),
         (answer([], status=503, error="503"), {"lost": 1}),
         (answer([1, 2], error="cut"), {"tokens": 2, "lost": 1}),
-        (answer([5, 6], version="new", error="cut", sent=15.0, headed=16.0, ended=21.0), {"tokens": 2, "aborted": 1}),
-        (
-            answer([5, 2], version="new", error="cut", sent=15.0, headed=16.0, ended=21.0),
-            {"tokens": 2, "aborted": 1, "wrong_tokens": 1},
-        ),
+        (cut([5, 6], code=GONE), {"tokens": 2, "aborted": 1}),
+        (cut([5, 2], code=GONE), {"tokens": 2, "aborted": 1, "wrong_tokens": 1}),
+        (cut([], code=GONE), {"aborted": 1}),
+        (cut([], code=GONE, status=404), {"aborted": 1}),
+        (cut([5, 6], code=GONE, ended=19.0), {"tokens": 2, "lost": 1}),
+        (cut([5, 6], code="engine_error"), {"tokens": 2, "lost": 1}),
+        (cut([5, 6]), {"tokens": 2, "lost": 1}),
+        (cut([], status=500, code="internal_error"), {"lost": 1}),
+        (cut([], status=503, code=GONE), {"lost": 1}),
+        (cut([], status=0), {"lost": 1}),
         (
             answer([1, 2, 3, 4], version="never seen"),
             {"replies": 1, "tokens": 4, "wrong_tokens": 4, "wrong_versions": 1},
@@ -161,3 +178,38 @@ def test_the_pools_hold_four_of_the_mean_rank(tmp_path: Path) -> None:
     row = sum(map(sum, linear_shapes(tmp_path).values()))
     assert row == (64 + 64) * 2 + (64 + 32) * 2 + (64 + 128) * 3
     assert pool_bytes(tmp_path, 4, bytes_per_value=2) == 2 * row * sum(RANKS)
+
+
+def asked(reply: Callable[[web.Request], Awaitable[web.Response]], *, is_stream: bool) -> Answer:
+    """What a client makes of a server that replies so."""
+
+    async def ask_it() -> Answer:
+        app = web.Application()
+        app.router.add_post("/v1/completions", reply)
+        async with TestServer(app) as server, aiohttp.ClientSession(server.make_url("/")) as session:
+            return await ask(session, Question("sql", 0, "p", 4, is_stream))
+
+    return asyncio.run(ask_it())
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_an_error_is_known_by_its_code(is_stream: bool) -> None:
+    async def taken_away(_: web.Request) -> web.Response:
+        body = {"error": {"message": "it was deleted", "code": GONE}}
+        if is_stream:
+            events = ({"choices": [{"token_ids": [5, 6]}]}, body)
+            return web.Response(text="".join(f"data: {json.dumps(event)}\n\n" for event in events))
+        return web.json_response(body, status=404)
+
+    got = asked(taken_away, is_stream=is_stream)
+    assert (got.status, got.token_ids) == ((200, [5, 6]) if is_stream else (404, []))
+    assert got.code == GONE and "it was deleted" in str(got.error)
+
+
+@pytest.mark.parametrize("body", ["<html>", "[]", '{"error": "down"}', '{"error": null}'])
+def test_a_body_without_a_code_has_none(body: str) -> None:
+    async def broken(_: web.Request) -> web.Response:
+        return web.Response(text=body, status=502)
+
+    got = asked(broken, is_stream=False)
+    assert got.status == 502 and got.code is None and got.error == f"502: {body}"

@@ -165,7 +165,9 @@ class _Churn:
         """What is amiss once nobody asks: then every name is asked once more, and all are taken away."""
         settings = self._settings
         faults = await faults_at_rest(self._session)
-        faults += watch.faults(host_room=settings.host_room)
+        faults += watch.faults(
+            device_room=settings.device_room, host_room=settings.host_room, num_adapters=settings.num_adapters
+        )
         faults += [f"no {kind} ever succeeded" for kind in settings.kinds if not self._operator.done[kind]]
         for name in self._book.present:
             await self._put(self._question(name, settings.min_tokens))

@@ -46,6 +46,11 @@ def write_sources(folder: Path, model: Path, count: int, *, ranks: Sequence[int]
     return sources
 
 
+def most_that_fit(adapters: int) -> int:
+    """How many of the narrowest rank find room where `adapters` of the mean rank do."""
+    return adapters * sum(RANKS) // (len(RANKS) * min(RANKS))
+
+
 def pool_bytes(model: Path, adapters: int, *, bytes_per_value: int) -> int:
     """Device memory that holds `adapters` adapters of the mean rank and not one more."""
     row = sum(map(sum, linear_shapes(model).values())) * bytes_per_value

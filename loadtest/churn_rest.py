@@ -10,11 +10,20 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
+from loadtest.churn_adapters import most_that_fit
 from loadtest.client import LoadTestFailed
 from loadtest.exposition import value
 
 PREEMPTIONS, HITS = "vllm:num_preemptions_total", "vllm:prefix_cache_hits_total"
+LEFT_HOST, LEFT_DEVICE, COLD_READS = "evictions from host memory", "evictions from the device", "cold reads"
 IN_HOST, ON_DEVICE = "vllm:num_cpu_loaded_lora_adapters", "vllm:num_gpu_loaded_lora_adapters"
+_COUNTERS: dict[str, tuple[str, dict[str, str]]] = {
+    PREEMPTIONS: (PREEMPTIONS, {}),
+    HITS: (HITS, {}),
+    LEFT_HOST: ("loramux:adapter_evictions_total", {"tier": "host"}),
+    LEFT_DEVICE: ("loramux:adapter_evictions_total", {"tier": "device"}),
+    COLD_READS: ("loramux:adapter_cold_loads_total", {"result": "loaded"}),
+}
 _IDLE = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
 _FOLLOW_SECONDS = 0.25
 _REST_SECONDS = 15.0
@@ -32,8 +41,7 @@ class Watch:
 
     @classmethod
     async def begin(cls, session: aiohttp.ClientSession) -> "Watch":
-        page = await _metrics(session)
-        return cls(session, {name: value(page, name) or 0.0 for name in (PREEMPTIONS, HITS)})
+        return cls(session, _counters(await _metrics(session)))
 
     async def follow(self, stop: asyncio.Event) -> None:
         while not stop.is_set():
@@ -41,26 +49,53 @@ class Watch:
             await asyncio.sleep(_FOLLOW_SECONDS)
         await self._look()
 
-    def faults(self, *, host_room: int | None) -> list[str]:
+    def faults(self, *, device_room: int, host_room: int | None, num_adapters: int) -> list[str]:
+        """What makes the run prove nothing, or is more than the rooms hold; those are of so many adapters."""
+        return [
+            *self._of_traffic(),
+            *self._of_device(device_room, num_adapters),
+            *self._of_host(host_room, num_adapters),
+        ]
+
+    def _of_traffic(self) -> list[str]:
         found = []
         if self._since(PREEMPTIONS):
             # Tokens before a preemption are computed again as a prompt: the one case in which bits may differ.
             found.append(f"{self._since(PREEMPTIONS)} preemptions: give the server more --kv-cache-memory")
         if not self._since(HITS):
             found.append("no prefix was ever found again, so the prefix cache was not on trial")
-        if host_room is not None and self.most_in_host > host_room:
-            found.append(f"{self.most_in_host} adapters stood in host memory, which has room for {host_room}")
+        return found
+
+    def _of_device(self, room: int, num_adapters: int) -> list[str]:
+        found = []
+        if self.most_on_device > most_that_fit(room):
+            found.append(f"{self.most_on_device} adapters stood on the device, where at most {most_that_fit(room)} fit")
+        if room < num_adapters and not self._since(LEFT_DEVICE):
+            found.append(f"no {LEFT_DEVICE}, so its pools were not on trial")
+        return found
+
+    def _of_host(self, room: int | None, num_adapters: int) -> list[str]:
+        """Without a limit nothing need leave host memory, and what a load brought there need not be read again."""
+        if room is None:
+            return []
+        found = []
+        if self.most_in_host > room:
+            found.append(f"{self.most_in_host} adapters stood in host memory, which has room for {room}")
+        if room < num_adapters:
+            moved = (LEFT_HOST, COLD_READS)
+            found += [f"no {each}, so host memory was not on trial" for each in moved if not self._since(each)]
         return found
 
     def __str__(self) -> str:
+        moved = ", ".join(f"{self._since(each)} {each}" for each in (LEFT_DEVICE, LEFT_HOST, COLD_READS))
         return (
-            f"{self._since(PREEMPTIONS)} preemptions, {self._since(HITS)} prefix tokens found again, at most "
+            f"{self._since(PREEMPTIONS)} preemptions, {self._since(HITS)} prefix tokens found again, {moved}, at most "
             f"{self.most_in_host} adapters in host memory and {self.most_on_device} on the device"
         )
 
     async def _look(self) -> None:
         page = await _metrics(self.session)
-        self.now = {name: value(page, name) or 0.0 for name in (PREEMPTIONS, HITS)}
+        self.now = _counters(page)
         self.most_in_host = max(self.most_in_host, int(value(page, IN_HOST) or 0))
         self.most_on_device = max(self.most_on_device, int(value(page, ON_DEVICE) or 0))
 
@@ -95,6 +130,10 @@ async def faults_when_cleared(session: aiohttp.ClientSession) -> list[str]:
         ]
 
     return await _until_none(look)
+
+
+def _counters(page: str) -> dict[str, float]:
+    return {what: value(page, series, **labels) or 0.0 for what, (series, labels) in _COUNTERS.items()}
 
 
 async def _until_none(look: Callable[[], Awaitable[list[str]]]) -> list[str]:

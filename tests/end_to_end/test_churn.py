@@ -18,7 +18,7 @@ from tests.end_to_end.in_process import InProcessServer, free_port, in_process, 
 from tests.faults import plants
 
 BASE = "tiny"
-HOST_ROOM: int | None = None
+HOST_ROOM = 6
 KINDS = (LOAD, REPLACE, DELETE, ABORT, PRESSURE)
 
 
@@ -34,7 +34,7 @@ def sources(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
 
 @pytest.fixture
 def server(model: Path) -> Iterator[InProcessServer]:
-    """Room for four adapters on the device, KV for everybody."""
+    """Room for four adapters on the device and six in host memory, KV for everybody."""
     config = ServerConfig(
         engine=EngineConfig(
             model=ModelConfig(model=str(model), dtype="float32", device="cpu"),

@@ -3,7 +3,8 @@
 import argparse
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
@@ -12,11 +13,11 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from loadtest import churn_command
-from loadtest.churn_adapters import RANKS, linear_shapes, pool_bytes
+from loadtest.churn_adapters import RANKS, linear_shapes, most_that_fit, pool_bytes
 from loadtest.churn_client import Answer, Question, ask
 from loadtest.churn_names import NameBook
 from loadtest.churn_oracle import Oracle
-from loadtest.churn_rest import HITS, PREEMPTIONS, Watch
+from loadtest.churn_rest import COLD_READS, HITS, LEFT_DEVICE, LEFT_HOST, PREEMPTIONS, Watch
 from loadtest.churn_verdict import Verdict
 
 BASE = "base"
@@ -27,6 +28,18 @@ ORACLE = Oracle(
     4,
     {("old", 0): [1, 2, 3, 4], ("new", 0): [5, 6, 7, 8], (None, 0): [9, 9, 9, 9], ("alike", 0): [1, 2, 0, 0]},
 )
+
+
+Reply = Callable[[web.Request], Awaitable[web.Response]]
+
+
+@asynccontextmanager
+async def serving(reply: Reply) -> AsyncIterator[aiohttp.ClientSession]:
+    """A session with a server that replies so to everything."""
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", reply)
+    async with TestServer(app) as server, aiohttp.ClientSession(server.make_url("/")) as session:
+        yield session
 
 
 class Clock:
@@ -146,17 +159,64 @@ def test_an_example_says_whose_the_tokens_are() -> None:
     assert "got 4 wrong tokens, those of version new" in verdict.examples[0]
 
 
+def watched(counted: dict[str, int], most: tuple[int, int]) -> Watch:
+    """A watch of a run in which all that should happen did, but for `counted`; `most` stood in host and on device."""
+    before = dict.fromkeys((PREEMPTIONS, HITS, LEFT_HOST, LEFT_DEVICE, COLD_READS), 5.0)
+    since = {**dict.fromkeys(before, 9), PREEMPTIONS: 0, **counted}
+    now = {name: before[name] + since[name] for name in before}
+    return Watch(None, before, now, *most)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
-    ("preemptions", "hits", "in_host", "fault"),
-    [(0, 9, 6, None), (2, 9, 6, "2 preemptions"), (0, 0, 6, "not on trial"), (0, 9, 7, "7 adapters stood in host")],
+    ("counted", "most", "fault"),
+    [
+        ({}, (6, 8), None),
+        ({PREEMPTIONS: 2}, (6, 4), "2 preemptions"),
+        ({HITS: 0}, (6, 4), "no prefix was ever found again"),
+        ({LEFT_DEVICE: 0}, (6, 4), "no evictions from the device, so its pools were not on trial"),
+        ({LEFT_HOST: 0}, (6, 4), "no evictions from host memory, so host memory was not on trial"),
+        ({COLD_READS: 0}, (6, 4), "no cold reads, so host memory was not on trial"),
+        ({}, (7, 4), "7 adapters stood in host memory, which has room for 6"),
+        ({}, (6, 9), "9 adapters stood on the device, where at most 8 fit"),
+    ],
 )
 def test_what_would_make_a_run_prove_nothing_is_a_fault(
-    preemptions: int, hits: int, in_host: int, fault: str | None
+    counted: dict[str, int], most: tuple[int, int], fault: str | None
 ) -> None:
-    now = {PREEMPTIONS: 1.0 + preemptions, HITS: 5.0 + hits}
-    watch = Watch(None, {PREEMPTIONS: 1.0, HITS: 5.0}, now, in_host, 4)  # type: ignore[arg-type]
-    found = watch.faults(host_room=6)
-    assert len(found) == (fault is not None) and (fault is None or fault in found[0])
+    found = watched(counted, most).faults(device_room=4, host_room=6, num_adapters=12)
+    assert found == [] if fault is None else len(found) == 1 and fault in found[0]
+
+
+def test_only_rooms_that_are_too_small_must_have_been_short() -> None:
+    nothing = watched({LEFT_DEVICE: 0, LEFT_HOST: 0, COLD_READS: 0}, (12, 4))
+    assert nothing.faults(device_room=12, host_room=None, num_adapters=12) == []
+    assert nothing.faults(device_room=12, host_room=12, num_adapters=12) == []
+    assert len(nothing.faults(device_room=4, host_room=None, num_adapters=12)) == 1
+    assert len(nothing.faults(device_room=4, host_room=11, num_adapters=11)) == 2  # 12 stood in it, too
+
+
+def test_counters_are_read_by_what_they_count() -> None:
+    page = """
+vllm:num_preemptions_total{engine="0"} 1
+vllm:prefix_cache_hits_total{engine="0"} 2
+loramux:adapter_evictions_total{model_name="m",tier="host"} 3
+loramux:adapter_evictions_total{model_name="m",tier="device"} 4
+loramux:adapter_cold_loads_total{model_name="m",result="loaded"} 5
+loramux:adapter_cold_loads_total{model_name="m",result="failed"} 6
+"""
+
+    async def metrics(_: web.Request) -> web.Response:
+        return web.Response(text=page)
+
+    async def begun() -> Watch:
+        async with serving(metrics) as session:
+            return await Watch.begin(session)
+
+    assert asyncio.run(begun()).before == {PREEMPTIONS: 1, HITS: 2, LEFT_HOST: 3, LEFT_DEVICE: 4, COLD_READS: 5}
+
+
+def test_rooms_hold_more_of_the_narrow_than_of_the_mean() -> None:
+    assert most_that_fit(4) == 4 * 16 // min(RANKS) == 8
 
 
 def test_rooms_and_kinds_come_from_the_command_line(tmp_path: Path) -> None:
@@ -180,13 +240,11 @@ def test_the_pools_hold_four_of_the_mean_rank(tmp_path: Path) -> None:
     assert pool_bytes(tmp_path, 4, bytes_per_value=2) == 2 * row * sum(RANKS)
 
 
-def asked(reply: Callable[[web.Request], Awaitable[web.Response]], *, is_stream: bool) -> Answer:
+def asked(reply: Reply, *, is_stream: bool) -> Answer:
     """What a client makes of a server that replies so."""
 
     async def ask_it() -> Answer:
-        app = web.Application()
-        app.router.add_post("/v1/completions", reply)
-        async with TestServer(app) as server, aiohttp.ClientSession(server.make_url("/")) as session:
+        async with serving(reply) as session:
             return await ask(session, Question("sql", 0, "p", 4, is_stream))
 
     return asyncio.run(ask_it())

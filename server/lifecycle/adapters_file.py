@@ -163,8 +163,11 @@ def _state(path: Path) -> _FileState:
 def _load(path: Path) -> WantedFile:
     """Raises AdaptersFileInvalid, OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not wait for its writer
-    with open(descriptor, "rb") as file:
+    try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise AdaptersFileInvalid("it is not a regular file")
-        data = file.read(MAX_FILE_BYTES + 1)
+        with open(descriptor, "rb", closefd=False) as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    finally:
+        os.close(descriptor)
     return parse_adapters_file(data, path.parent)

@@ -149,6 +149,20 @@ async def test_what_is_no_regular_file_is_not_waited_for(path: Path) -> None:
         await until(lambda: "not a regular file" in file.failures.get(str(path), ""))
 
 
+async def test_a_folder_in_place_of_the_file_costs_no_descriptors(path: Path) -> None:
+    """Docker makes one where a bind mount's file is missing; it is looked at again at every rescan."""
+    path.mkdir()
+    os.utime(path, (1, 1))
+    file = _file(path, FakeControl())
+    await file._look()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        file._read = None  # as after any failure of the system
+        await file._look()
+    assert len(os.listdir("/proc/self/fd")) < before + 10
+    assert "not a regular file" in file.failures[str(path)]
+
+
 async def test_a_linked_file_is_followed_when_the_link_moves(path: Path) -> None:
     """As Kubernetes mounts a config map."""
     control = FakeControl()

@@ -107,6 +107,9 @@ class WatchedFolder:
         only = self._affected(changed)
         try:
             scan = await asyncio.to_thread(scan_folder, self._root, only)
+            if only is not None and scan.device != self._device:
+                only = None  # another file system: what is missing in a part may be missing altogether
+                scan = await asyncio.to_thread(scan_folder, self._root)
             self._take_in(scan, only)
         except OSError as error:
             self._tell(f"{self._root} cannot be looked at ({error.strerror or error}); what is served stays")

@@ -3,10 +3,12 @@
 import asyncio
 import json
 import logging
+import math
 import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -339,6 +341,43 @@ async def test_an_empty_folder_on_another_file_system_is_an_unmounted_one(
         await until(lambda: "on another file system than before" in caplog.text)
         await asyncio.sleep(0.6)
         assert control.times("remove", "a") == 0
+
+
+@pytest.mark.parametrize("changed", [False, True])
+async def test_a_look_at_a_part_does_not_make_an_unmounted_folder_the_known_one(
+    root: Path, monkeypatch: pytest.MonkeyPatch, changed: bool
+) -> None:
+    """Such a look comes with a retry, or with a name that is not at rest, before the next look at everything."""
+    control, device = FakeControl(), 1
+
+    def scan(path: Path, only: frozenset[str] | None = None) -> FolderScan:
+        return replace(scan_folder(path, only), device=device)
+
+    monkeypatch.setattr(watch_folder, "scan_folder", scan)
+    _write(root / "a")
+    watched = _watched(root, control)
+    while "a" not in control.records:
+        await watched._look({root})
+        await asyncio.sleep(0.05)
+    away = root.rename(root.with_name("away"))
+    root.mkdir()
+    device = 2
+    watched._rescan_at = math.inf
+    await watched._look({root / "a"} if changed else set())
+    for _ in range(3):
+        await watched._look({root})
+        await asyncio.sleep(0.15)
+    assert control.times("remove", "a") == 0
+    assert "on another file system" in watched._trouble
+    root.rmdir()
+    away.rename(root)
+    shutil.rmtree(root / "a")
+    device = 1
+    while "a" in control.records:
+        await watched._look({root})
+        await asyncio.sleep(0.05)
+    assert watched._trouble == ""
+    await watched._reconciler.close()
 
 
 # The scan by itself.

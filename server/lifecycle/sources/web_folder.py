@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from adapters.errors import AdapterNotFound
 from adapters.untrusted_json import shown
-from server.lifecycle.sources.address import URLAddress, parse_url
+from server.lifecycle.sources.address import URLAddress, parse_url, without_secrets
 from server.lifecycle.sources.allow_list import AllowList
 from server.lifecycle.sources.download import CHUNK_BYTES, RemoteFile
 from server.lifecycle.sources.errors import AdapterSourceInvalid, AdapterSourceNotAllowed, AdapterSourceUnreachable
@@ -63,15 +63,15 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
     ) -> urllib.request.Request | None:
+        fp.close()  # or the base class would read a body of any length into memory
         plain, question, query = newurl.partition("?")  # a server may hand out signed URLs
         try:
             address = parse_url(plain)
         except AdapterSourceInvalid:
             address = None
         if not isinstance(address, URLAddress) or not self._allow_list.permits(address):
-            fp.close()
             raise AdapterSourceNotAllowed(
-                f"{shown(req.full_url)} redirects out of the URLs that adapters may be fetched from (--allowed-urls)"
+                f"{without_secrets(req.full_url)} redirects out of the URLs that adapters may be fetched from (--allowed-urls)"
             )
         target = address.url + question + quote(query, safe="%/?:@!$&'()*+,;=-._~")
         return super().redirect_request(req, fp, code, msg, headers, target)  # type: ignore[arg-type]

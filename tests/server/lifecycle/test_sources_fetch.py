@@ -203,6 +203,36 @@ async def test_redirects_in_a_ring_end(world: World) -> None:
     assert len(world.web.requests) < 20
 
 
+@pytest.mark.asyncio
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+async def test_the_body_of_a_redirect_is_not_read(world: World, code: int) -> None:
+    """It would come before any limit: on what a file may have, and on how long it may take."""
+    sent: list[int] = []
+
+    def endless(handler: Handler) -> None:
+        handler.send(code, {"Location": f"/allowed/a/{CONFIG_NAME}", "Connection": "close"}, b"")
+        handler.close_connection = True
+        try:
+            while sum(sent) < 100 << 20:
+                sent.append(handler.wfile.write(b"x" * (1 << 20)))
+        except OSError:
+            return
+
+    world.web.answers[f"/allowed/r/{CONFIG_NAME}"] = endless
+    world.web.answers[f"/allowed/r/{WEIGHTS}"] = redirect(f"/allowed/a/{WEIGHTS}")
+    assert await world.load(f"{world.web.url}/allowed/r") == wanted(world)
+    assert sum(sent) < 50 << 20  # what fits into the sockets' buffers
+
+
+@pytest.mark.asyncio
+async def test_the_signature_of_a_redirect_is_not_told(world: World) -> None:
+    world.web.answers[f"/allowed/r/{CONFIG_NAME}"] = redirect(f"/also/r/{CONFIG_NAME}?X-Sig=hunter2")
+    world.web.answers[f"/also/r/{CONFIG_NAME}"] = redirect("/elsewhere")
+    with pytest.raises(AdapterSourceNotAllowed, match=f"/also/r/{CONFIG_NAME}") as caught:
+        await world.load(f"{world.web.url}/allowed/r")
+    assert "hunter2" not in str(caught.value)
+
+
 # What else can go wrong out there.
 
 BODY = b"{}"

@@ -151,16 +151,16 @@ class Sources:
             raise
 
     def _remote_folder(self, address: RemoteAddress) -> RemoteFolder:
-        timeout = self._limits.timeout
+        timeout, max_seconds = self._limits.timeout, self._limits.max_seconds
         if isinstance(address, HubAddress):
             return HubFolder(
                 address, self._allow_list, endpoint=self._hub_endpoint, token=self._hub_token, timeout=timeout
             )
         if address_needs_obstore(address):
             cloud_folder = importlib.import_module("server.lifecycle.sources.cloud_folder")
-            made = cloud_folder.CloudFolder(address, timeout=timeout, max_seconds=self._limits.max_seconds)
+            made = cloud_folder.CloudFolder(address, timeout=timeout, max_seconds=max_seconds)
             return cast(RemoteFolder, made)
-        return WebFolder(address, self._allow_list, timeout=timeout)
+        return WebFolder(address, self._allow_list, timeout=timeout, max_seconds=max_seconds)
 
     def _upload_store(self) -> UploadStore:
         if self._uploads is None:

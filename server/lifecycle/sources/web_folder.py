@@ -5,6 +5,7 @@ any. No credentials are sent. Proxies are taken from the environment. Knows noth
 """
 
 import http.client
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,21 +20,21 @@ from server.lifecycle.sources.address import URLAddress, parse_url, without_secr
 from server.lifecycle.sources.allow_list import AllowList
 from server.lifecycle.sources.download import CHUNK_BYTES, RemoteFile
 from server.lifecycle.sources.errors import AdapterSourceInvalid, AdapterSourceNotAllowed, AdapterSourceUnreachable
+from server.lifecycle.sources.timed_http import TimedHandler
 
 _NOT_FOR_US = {401, 403, 404, 407, 410, 451}
 
 
 class WebFolder:
-    """`timeout` is how many seconds the server may be silent."""
+    """`timeout` is how many seconds the server may be silent, `max_seconds` how long all files together may take."""
 
-    def __init__(self, address: URLAddress, allow_list: AllowList, *, timeout: float) -> None:
+    def __init__(self, address: URLAddress, allow_list: AllowList, *, timeout: float, max_seconds: float) -> None:
         self._address = address
         self._timeout = timeout
         self._opener = urllib.request.OpenerDirector()  # build_opener's would also read file:, ftp: and data: URLs
         for handler in (
             urllib.request.ProxyHandler(),
-            urllib.request.HTTPHandler(),
-            urllib.request.HTTPSHandler(),
+            TimedHandler(time.monotonic() + max_seconds),
             urllib.request.HTTPErrorProcessor(),
             urllib.request.HTTPDefaultErrorHandler(),
             _Redirects(allow_list),

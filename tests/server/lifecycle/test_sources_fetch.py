@@ -308,6 +308,25 @@ async def test_a_slow_server_is_given_up(world: World) -> None:
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\nX-Slow: ", b"HTTP/1.1 100 Continue\r\nX-Slow: "])
+async def test_a_server_that_is_slow_with_its_headers_is_given_up(world: World, head: bytes) -> None:
+    def drip(handler: Handler) -> None:
+        handler.close_connection = True
+        try:
+            handler.wfile.write(head)
+            while not handler.web.over.wait(0.05):
+                handler.wfile.write(b"x")
+        except OSError:
+            return
+
+    world.web.answers[f"/allowed/a/{WEIGHTS}"] = drip
+    with pytest.raises(AdapterSourceUnreachable, match="in time"):
+        async with asyncio.timeout(20):
+            await world.load(sources=world.sources(max_seconds=0.5))
+    assert world.left() == []
+
+
+@pytest.mark.asyncio
 async def test_an_adapter_that_is_refused_leaves_nothing(world: World) -> None:
     world.web.answers[f"/allowed/a/{CONFIG_NAME}"] = whole(b"{}")
     with pytest.raises(AdapterRefused):

@@ -23,6 +23,8 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _HUB_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
 _UPLOAD_ID = re.compile(r"[0-9a-f]{64}")
 _ENCODED = re.compile(r"%[0-9A-Fa-f]{2}")
+_LIKE_WEB = re.compile(r"[^\w./~-]*https?:[/\\]*", re.IGNORECASE)  # also misspelled: quoted, after a blank, one slash
+_USER = re.compile(r"(.*)(?:@|%40|[\uff20\ufe6b])", re.IGNORECASE | re.DOTALL)  # the last two are read as @ by some
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +79,14 @@ Address = LocalAddress | UploadAddress | RemoteAddress
 def parse_source(source: str) -> Address:
     """Raises AdapterSourceInvalid; for what is no path either, AdapterNotFound."""
     if not source or "\0" in source or len(source) > MAX_SOURCE_LENGTH or not _is_encodable(source):
-        raise AdapterNotFound(f"{shown(source)!r} is no local folder")
+        raise AdapterNotFound(f"{without_secrets(source)!r} is no local folder")
     if source.startswith("upload:"):
         return _upload(source)
     if source[:5].lower() == "file:":
         return LocalAddress(_file_path(source))
     scheme = _SCHEME.match(source)
+    if scheme is None and _LIKE_WEB.match(source):
+        raise _invalid(source, "a URL here is https://host/path, and nothing before it")
     if scheme is None:
         return LocalAddress(source)
     address = parse_url(source)
@@ -198,5 +202,17 @@ def _invalid(source: str, why: str) -> AdapterSourceInvalid:
 
 
 def without_secrets(source: str) -> str:
-    """A source as messages may show it: what may be a password, a signature or a token is left out."""
-    return shown(re.sub(r"[?#].*", "?…", re.sub(r"(?<=://)[^/?#]*@", "…@", source)) if "://" in source else source)
+    """A source as messages may show it: what may be a password, a signature or a token is left out.
+
+    A password may hold anything, `/`, `?` and `@` included: of a web URL all before the last @ is left out, even where
+    that was a part of the path. Other URLs have an @ of their own (a revision, a key): there it ends a user's name only
+    in the first part, or behind a colon.
+    """
+    web = _LIKE_WEB.match(source)
+    start = web.end() if web else source.find("://") + len("://")
+    if not web and "://" not in source:
+        return shown(source)
+    rest = source[start:]
+    if (user := _USER.match(rest)) and (web or ":" in user[1] or _USER.match(rest.partition("/")[0])):
+        rest = f"…@{rest[user.end() :]}"
+    return shown(source[:start] + re.sub(r"[?#].*", "?…", rest, flags=re.DOTALL))

@@ -72,7 +72,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
             address = None
         if not isinstance(address, URLAddress) or not self._allow_list.permits(address):
             raise AdapterSourceNotAllowed(
-                f"{without_secrets(req.full_url)} redirects out of the URLs that adapters may be fetched from (--allowed-urls)"
+                f"{without_secrets(req.full_url)} redirects out of the URLs that adapters may be fetched from "
+                "(--allowed-urls)"
             )
         target = address.url + question + quote(query, safe="%/?:@!$&'()*+,;=-._~")
         return super().redirect_request(req, fp, code, msg, headers, target)  # type: ignore[arg-type]

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from adapters.errors import AdapterError, AdapterNotFound
 from server.lifecycle.sources.address import (
@@ -12,6 +14,7 @@ from server.lifecycle.sources.address import (
     URLAddress,
     parse_source,
     parse_url,
+    without_secrets,
 )
 from server.lifecycle.sources.allow_list import AllowList
 from server.lifecycle.sources.errors import AdapterSourceInvalid, AdapterSourceNotAllowed, AdapterSourceUnsupported
@@ -198,6 +201,58 @@ def test_what_may_be_a_secret_in_a_url_is_not_repeated(source: str) -> None:
     assert "hunter2" not in str(caught.value)
     with pytest.raises(AdapterSourceInvalid):
         parse_url(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "https://bob:hun/ter2@host/x", "https://bob:hunter2?a@host/x", "https://bob:#hunter2@host/x",
+        "https://bob:a@hunter2@host/x", "https://bob:hunter2%40host/x", "https://bob:hunter2\uff20host/x",
+        " https://bob:hunter2@host/x", "'https://bob:hunter2@host/x'", "\ufeffHTTPS://bob:hunter2@host/x",
+        "https:/bob:hunter2@host/x", "https:\\\\bob:hunter2@host/x", "https:bob:hunter2@host/x",
+        "https://bob:hunter2@host/x\0", "https://bob:hunter2@host/" + "x" * 5000, "https://bob:hunter2\ud800@host/x",
+        "https://bob:a\nhunter2@host/x", "https://host/x?a\nhunter2", "s3://key:hun/ter2@bucket/x",
+    ],
+)  # fmt: skip
+def test_no_spelling_of_a_password_is_repeated(source: str) -> None:
+    with pytest.raises((AdapterSourceInvalid, AdapterNotFound)) as caught:
+        parse_source(source)
+    assert "ter2" not in str(caught.value)
+
+
+_SECRET = st.text(st.characters(codec="utf-8") | st.sampled_from("@/:?#%\\ "), max_size=20).map("«{}»".format)
+
+
+@given(
+    before=st.sampled_from(["", " ", "\t", "'", "<"]),
+    scheme=st.sampled_from(["http://", "https://", "HTTPS://", "https:/", "https:", "https:\\\\"]),
+    user=st.text(st.sampled_from("bob@:/?#."), max_size=5),
+    password=_SECRET,
+    at=st.sampled_from(["@", "%40"]),
+    place=st.text(st.sampled_from("host.x/@?#:"), max_size=12),
+)
+def test_no_password_of_a_web_url_is_repeated(
+    before: str, scheme: str, user: str, password: str, at: str, place: str
+) -> None:
+    source = f"{before}{scheme}{user}:{password}{at}{place}"
+    with pytest.raises((AdapterSourceInvalid, AdapterNotFound)) as caught:
+        parse_source(source)
+    for mark in "«»":
+        assert mark not in str(caught.value) and f"\\x{ord(mark):x}" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    {
+        "hf://org/repo@main/sub": "hf://org/repo@main/sub",
+        "s3://bucket/a@b": "s3://bucket/a@b",
+        "https://host:80/x": "https://host:80/x",
+        "https://bob:p/w@host/x?sig=1": "https://…@host/x?…",
+        "/srv/a@b": "/srv/a@b",
+    }.items(),
+)
+def test_what_is_no_secret_is_told(source: str, told: str) -> None:
+    assert without_secrets(source) == told
 
 
 def test_templates() -> None:

@@ -23,6 +23,7 @@ from server.lifecycle.sources.errors import AdapterStorageFull, too_large
 from server.lifecycle.sources.in_thread import in_thread
 from server.lifecycle.sources.multipart_upload import FRAME_BYTES, UPLOAD_FILES, MultipartUpload
 from server.lifecycle.sources.staging import Staging
+from server.lifecycle.sources.upload_quota import QuotaShare, UploadQuota
 
 _BATCH_BYTES = 1 << 20  # written at once: a hop to a worker thread for each piece a socket gives would cost more
 _ID = re.compile(r"[0-9a-f]{64}")
@@ -47,35 +48,57 @@ class UploadStore:
 
     def __init__(self, folder: Path, *, quota: int, max_bytes: int, disk: Disk | None = None) -> None:
         self._folder = folder
-        self._quota = quota
+        self._quota = UploadQuota(quota, self._kept_bytes)
         self._max_bytes = max_bytes
         self._disk = disk or Disk()
         self._staging = Staging(folder / "incoming", disk=self._disk)
-        self._naming = threading.Lock()
-        self._receiving = 0  # bytes on disk of uploads that are not whole yet
+        self._naming = threading.Lock()  # held while an upload gets its name, and while those with a name are counted
 
     async def receive(self, content_type: str, body: AsyncIterator[bytes]) -> Upload:
         """Take one multipart body to its end. Raises AdapterUploadInvalid, AdapterRefused (adapter_too_large),
         AdapterStorageFull, AdapterStorageFailed, and what `body` raises; then nothing of it is kept.
         """
-        kept = await asyncio.to_thread(self._kept_bytes)
+        await asyncio.to_thread(self._recount)
         incoming = await in_thread(
             lambda: _Incoming(self._staging, self._disk, content_type, self._max_bytes), discard=_Incoming.remove
         )
-        held = 0
+        share, held = QuotaShare(self._quota), 0
         try:
             async for batch in _batches(body):
                 held += len(batch)
-                self._receiving += len(batch)
                 if held > self._max_bytes + MAX_CONFIG_BYTES + FRAME_BYTES:
                     raise too_large("the upload", None, self._max_bytes, "max_adapter_bytes")
-                if kept + self._receiving > self._quota:
-                    raise AdapterStorageFull(f"uploads would take more than the {self._quota} bytes of --upload-quota")
+                await self._take(share, len(batch))
                 await in_thread(lambda data=batch: incoming.feed(data), wait_if_cancelled=True)  # type: ignore[misc]
-            return await in_thread(lambda: incoming.keep(self._folder, self._naming), wait_if_cancelled=True)
+            return await in_thread(lambda: self._keep(incoming, share), wait_if_cancelled=True)
         finally:
-            self._receiving -= held
-            await in_thread(incoming.remove, wait_if_cancelled=True)
+            await in_thread(lambda: _end(incoming, share), wait_if_cancelled=True)
+
+    async def _take(self, share: QuotaShare, num_bytes: int) -> None:
+        """Counts again before it refuses: uploads may have been removed meanwhile."""
+        if not share.take(num_bytes):
+            await asyncio.to_thread(self._recount)
+            if not share.take(num_bytes):
+                raise self._full()
+
+    def _keep(self, incoming: "_Incoming", share: QuotaShare) -> Upload:
+        """Blocks. Counts once more, since another process may have kept something meanwhile."""
+        upload_id, num_bytes = incoming.finish()
+        with self._naming:
+            self._quota.recount()
+            if self._quota.is_passed and not (self._folder / upload_id).is_dir():
+                raise self._full()
+            is_new = incoming.give_name(self._folder, upload_id)
+            if is_new:
+                share.give_back(kept=num_bytes)
+        return Upload(upload_id, num_bytes, is_new)
+
+    def _recount(self) -> None:
+        with self._naming:
+            self._quota.recount()
+
+    def _full(self) -> AdapterStorageFull:
+        return AdapterStorageFull(f"uploads would take more than the {self._quota.num_bytes} bytes of --upload-quota")
 
     def open(self, upload_id: str) -> AdapterFolder:
         """Blocks. Raises AdapterNotFound, AdapterRefused."""
@@ -134,18 +157,17 @@ class _Incoming:
         file.write(data)
         self._digests[name].update(data)
 
-    def keep(self, folder: Path, naming: threading.Lock) -> Upload:
-        """`naming` is held while it gets its name, so that nobody counts on one that is taken back."""
+    def finish(self) -> tuple[str, int]:
+        """(id, bytes), once it is whole and on the disk."""
         self._upload.finish()
         for file in self._files.values():
             file.sync()
         num_bytes = sum(file.num_bytes for file in self._files.values())
         upload_id = hashlib.sha256(b"".join(self._digests[name].digest() for name in UPLOAD_FILES)).hexdigest()
-        with naming:
-            return Upload(upload_id, num_bytes, self._give_name(folder, upload_id))
+        return upload_id, num_bytes
 
-    def _give_name(self, folder: Path, upload_id: str) -> bool:
-        """False: it was there already."""
+    def give_name(self, folder: Path, upload_id: str) -> bool:
+        """False: it was there already. One at a time, so that nobody counts on one that is taken back."""
         final = folder / upload_id
         if final.is_dir():
             return False
@@ -168,6 +190,14 @@ class _Incoming:
             file.close()
         self._files = {}
         remove_tree(self._path)
+
+
+def _end(incoming: _Incoming, share: QuotaShare) -> None:
+    """Its bytes count until they are gone."""
+    try:
+        incoming.remove()
+    finally:
+        share.give_back()
 
 
 async def _batches(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

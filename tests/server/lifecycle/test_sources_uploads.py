@@ -14,6 +14,7 @@ import torch
 from adapters.checkpoint import CheckpointLimits, load_lora_model
 from adapters.errors import AdapterError, AdapterNotFound, AdapterRefused, RefusalCode
 from adapters.lora_config import CONFIG_NAME, MAX_CONFIG_BYTES
+from server.lifecycle.sources import upload_store
 from server.lifecycle.sources.errors import (
     AdapterSourceUnsupported,
     AdapterStorageFailed,
@@ -281,6 +282,92 @@ async def test_the_quota_is_of_all_uploads_also_of_those_under_way(tmp_path: Pat
         await again.receive(TYPE, pieces(body(b"e")))
     for each in (store, again):
         each.close()
+
+
+def of_size(size: int, fill: bytes) -> bytes:
+    return body_of(part(CONFIG_NAME, b"{}"), part(WEIGHTS, fill * size))
+
+
+@dataclass
+class Halves:
+    """An upload whose second half comes when it is told."""
+
+    store: UploadStore
+    body: bytes
+
+    def __post_init__(self) -> None:
+        self.go_on, self.has_begun = asyncio.Event(), asyncio.Event()
+        self.task = asyncio.create_task(self.store.receive(TYPE, self._pieces()))
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        self.has_begun.set()
+        yield self.body[: len(self.body) // 2]
+        await self.go_on.wait()
+        yield self.body[len(self.body) // 2 :]
+
+    async def end(self) -> object:
+        self.go_on.set()
+        return (await asyncio.gather(self.task, return_exceptions=True))[0]
+
+
+async def begun(store: UploadStore, *bodies: bytes) -> list[Halves]:
+    halves = [Halves(store, body) for body in bodies]
+    for each in halves:
+        await each.has_begun.wait()
+    return halves
+
+
+@pytest.mark.asyncio
+async def test_an_upload_counts_those_that_ended_since_it_began(tmp_path: Path) -> None:
+    store = UploadStore(tmp_path / "u", quota=10_000, max_bytes=MAX_BYTES)
+    for each in await begun(store, *(of_size(4000, fill) for fill in (b"a", b"b", b"c", b"d"))):
+        await each.end()
+    assert store.num_bytes == 2 * 4002
+    assert isinstance(await (await begun(store, of_size(4000, b"a")))[0].end(), AdapterStorageFull)
+    for upload_id in store.ids():
+        store.remove(upload_id)
+    assert isinstance(await (await begun(store, of_size(4000, b"e")))[0].end(), Upload)
+    store.close()
+
+
+@pytest.mark.asyncio
+async def test_what_was_removed_since_an_upload_began_is_free_to_it(tmp_path: Path) -> None:
+    store = UploadStore(tmp_path / "u", quota=6000, max_bytes=MAX_BYTES)
+    first = await store.receive(TYPE, pieces(of_size(4000, b"a")))
+    (second,) = await begun(store, of_size(4000, b"b"))
+    store.remove(first.upload_id)
+    assert isinstance(await second.end(), Upload)
+    store.close()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("fill", "ending"), [(b"a", AdapterStorageFull), (b"b", Upload)])
+async def test_an_upload_counts_what_another_process_kept_since_it_began(
+    tmp_path: Path, fill: bytes, ending: type[object]
+) -> None:
+    store, other = (UploadStore(tmp_path / "u", quota=6000, max_bytes=MAX_BYTES) for _ in range(2))
+    (late,) = await begun(store, of_size(4000, fill))
+    await other.receive(TYPE, pieces(of_size(4000, b"b")))
+    assert isinstance(await late.end(), ending)
+    assert store.num_bytes == 4002
+    for each in (store, other):
+        each.close()
+
+
+@pytest.mark.asyncio
+async def test_the_quota_is_not_counted_from_the_disk_with_each_batch(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload_store, "_BATCH_BYTES", 100)
+    counts, count = [0], UploadStore.ids
+
+    def counted(store: UploadStore) -> frozenset[str]:
+        counts[0] += 1
+        return count(store)
+
+    monkeypatch.setattr(UploadStore, "ids", counted)
+    await world.send(size=100)
+    assert counts[0] <= 3 < len(world.body) / 100
 
 
 @pytest.mark.asyncio

@@ -11,19 +11,27 @@ logger = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 60.0
 
+Unused = frozenset[tuple[str, int]]
+"""Uploads by id, each with when it was last received."""
+
 
 async def sweep_uploads(uploads: UploadStore, used: Callable[[], Collection[str]]) -> None:
-    """For ever. `used` gives the sources that names, versions and loads under way have. What was unused twice goes:
-    an upload that has just come in is used only when its load has begun.
-    """
-    unused: frozenset[str] = frozenset()
+    """For ever. `used` gives the sources that names, versions and loads under way have."""
+    unused: Unused = frozenset()
     while True:
         await asyncio.sleep(SWEEP_SECONDS)
         try:
-            ids, sources = await asyncio.to_thread(uploads.ids), used()
-            now_unused = frozenset(upload_id for upload_id in ids if f"upload:{upload_id}" not in sources)
-            for upload_id in unused & now_unused:
-                await asyncio.to_thread(uploads.remove, upload_id)
-            unused = now_unused
+            unused = await sweep_once(uploads, used, unused)
         except AdapterError as error:
             logger.warning("unused uploads could not be removed: %s", error)
+
+
+async def sweep_once(uploads: UploadStore, used: Callable[[], Collection[str]], unused: Unused) -> Unused:
+    """What is unused now. What was so at the last sweep too goes, if it was not received again in between: an upload
+    that has just come in is used only when its load has begun.
+    """
+    found, sources = await asyncio.to_thread(uploads.received), used()
+    now_unused = frozenset(each for each in found.items() if f"upload:{each[0]}" not in sources)
+    for upload_id, received in unused & now_unused:
+        await asyncio.to_thread(uploads.remove, upload_id, received=received)
+    return now_unused

@@ -34,6 +34,9 @@ class Disk:
     def rename(self, old: Path, new: Path) -> None:
         os.rename(old, new)
 
+    def touch(self, path: Path) -> None:
+        os.utime(path)
+
     def sync_folder(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

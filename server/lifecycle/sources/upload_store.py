@@ -10,7 +10,7 @@ import errno
 import hashlib
 import re
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +52,7 @@ class UploadStore:
         self._max_bytes = max_bytes
         self._disk = disk or Disk()
         self._staging = Staging(folder / "incoming", disk=self._disk)
-        self._naming = threading.Lock()  # held while an upload gets its name, and while those with a name are counted
+        self._naming = threading.Lock()  # held while an upload gets its name or loses it, and while those are counted
 
     async def receive(self, content_type: str, body: AsyncIterator[bytes]) -> Upload:
         """Take one multipart body to its end. Raises AdapterUploadInvalid, AdapterRefused (adapter_too_large),
@@ -107,14 +107,25 @@ class UploadStore:
             raise AdapterNotFound(f"there is no upload {upload_id[:64]} on this server; send it again")
         return AdapterFolder.find(path)
 
-    def remove(self, upload_id: str) -> None:
-        """Blocks. Who reads it at this moment goes on reading; what is not there is removed already."""
-        if _ID.fullmatch(upload_id):
-            remove_tree(self._folder / upload_id)
+    def remove(self, upload_id: str, *, received: int | None = None) -> None:
+        """Blocks. Who reads it at this moment goes on reading; what is not there is removed already. With `received`
+        (as `received` says it) only if it was not received again since.
+        """
+        if not _ID.fullmatch(upload_id):
+            return
+        with self._naming:
+            if received is None or received == _received(self._folder / upload_id):
+                remove_tree(self._folder / upload_id)
 
     def ids(self) -> frozenset[str]:
         """Blocks."""
         return frozenset(path.name for path in self._folder.iterdir() if _ID.fullmatch(path.name))
+
+    def received(self) -> Mapping[str, int]:
+        """Id → when it was last received, as a mark that changes when it is received again. Blocks."""
+        with storage_errors():
+            marks = {upload_id: _received(self._folder / upload_id) for upload_id in self.ids()}
+        return {upload_id: mark for upload_id, mark in marks.items() if mark is not None}
 
     @property
     def num_bytes(self) -> int:
@@ -167,9 +178,11 @@ class _Incoming:
         return upload_id, num_bytes
 
     def give_name(self, folder: Path, upload_id: str) -> bool:
-        """False: it was there already. One at a time, so that nobody counts on one that is taken back."""
+        """False: it was there already, and counts as received now. One at a time, so that nobody counts on one that is
+        taken back.
+        """
         final = folder / upload_id
-        if final.is_dir():
+        if final.is_dir() and self._is_touched(final):
             return False
         with storage_errors(), ExitStack() as undo:
             self._disk.sync_folder(self._path)
@@ -182,6 +195,15 @@ class _Incoming:
             undo.callback(remove_tree, final)
             self._disk.sync_folder(folder)
             undo.pop_all()
+        return True
+
+    def _is_touched(self, final: Path) -> bool:
+        """False: another process removed it meanwhile."""
+        with storage_errors():
+            try:
+                self._disk.touch(final)
+            except FileNotFoundError:
+                return False
         return True
 
     def remove(self) -> None:
@@ -209,6 +231,14 @@ async def _batches(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             batch.clear()
     if batch:
         yield bytes(batch)
+
+
+def _received(path: Path) -> int | None:
+    """None: it is not there."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def _size(path: Path) -> int:

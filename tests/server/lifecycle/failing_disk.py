@@ -47,3 +47,7 @@ class FailingDisk(Disk):
     def rename(self, old: Path, new: Path) -> None:
         self._count()
         super().rename(old, new)
+
+    def touch(self, path: Path) -> None:
+        self._count()
+        super().touch(path)

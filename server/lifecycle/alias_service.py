@@ -10,7 +10,7 @@ from server.lifecycle.adapter_loader import AdapterLoader
 from server.lifecycle.aliases import check_targets
 from server.lifecycle.catalogue_records import AliasRecord, AliasTarget
 from server.lifecycle.directory import AdapterDirectory
-from server.lifecycle.errors import AliasNotFound, NameConflict, NoPreviousVersion
+from server.lifecycle.errors import AliasNotFound, ChangedElsewhere, NameConflict, NoPreviousVersion
 
 _KEPT = 5  # earlier targets, for rollback
 
@@ -61,9 +61,16 @@ class AliasService:
         alias = self._directory.aliases.get(name) or AliasRecord(name=name, targets=())
         resolved = tuple(self._resolved(target) for target in targets)
         if resolved == alias.targets and managed_by == alias.managed_by:
-            return alias
+            return await self._as_it_stands(alias)
         before = (alias.targets, *alias.previous)[:_KEPT] if alias.targets else ()
         return await self._directory.put_alias(replace(alias, targets=resolved, previous=before, managed_by=managed_by))
+
+    async def _as_it_stands(self, alias: AliasRecord) -> AliasRecord:
+        """Nothing is written for what is so already, so it is looked up instead whether it still is."""
+        await self._directory.refresh()
+        if self._directory.aliases.get(alias.name) != alias:
+            raise ChangedElsewhere(f"the alias {shown(alias.name)!r} was changed by another server")
+        return alias
 
     async def _rollback(self, name: str) -> AliasRecord:
         alias = self.get(name)

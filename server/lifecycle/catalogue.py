@@ -2,7 +2,8 @@
 
 Synchronous; a call that returned is on disk, one that raised changed nothing. Everybody reads `snapshot()` once and
 then polls `changes(after)`. A writer puts back the record it read with what it wants different; when somebody else was
-first it gets CatalogueConflict instead. Knows no weights, no files of adapters, no event loop.
+first it gets CatalogueConflict instead. So does who would take away what an alias leads to, or lead one to what is not
+there. Knows no weights, no files of adapters, no event loop.
 """
 
 import time
@@ -82,7 +83,8 @@ class Catalogue:
     def put_adapter(self, record: AdapterRecord, version: VersionRecord | None = None) -> AdapterRecord:
         """Insert when `record.revision` is 0, else replace that very revision; returns what stands there now.
 
-        `version` is told of when it may be new; one the catalogue has is left as it is. Raises CatalogueConflict.
+        `version` is told of when it may be new; one the catalogue has is left as it is. Raises CatalogueConflict, also
+        when the record gives up a version that an alias names by this name.
         """
         if version is not None and version.version not in record.named_versions:
             raise ValueError(f"version {version.version} is not among those that adapter {record.name} names")
@@ -93,11 +95,13 @@ class Catalogue:
         return replace(written, revision=sequence)
 
     def delete_adapter(self, record: AdapterRecord) -> None:
-        """Raises CatalogueConflict when the name is at another revision."""
+        """Raises CatalogueConflict when the name is at another revision, or an alias leads to it."""
         self._delete(record)
 
     def put_alias(self, record: AliasRecord) -> AliasRecord:
-        """As `put_adapter`. Versions that targets name must be known; adapters they name need not be."""
+        """As `put_adapter`. Targets must be adapters that were loaded, and have the versions asked for; what the alias
+        led to before need not, but its versions must be known.
+        """
         with self._database.write() as (connection, sequence):
             NameChange(connection, sequence).put(record)
         return replace(record, revision=sequence)

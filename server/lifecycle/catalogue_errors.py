@@ -1,7 +1,7 @@
 """What can go wrong with the catalogue; status and code are data on the class.
 
 CatalogueError
-├── CatalogueConflict     409 adapter_conflict: somebody else changed the name first; read it again
+├── CatalogueConflict     409 adapter_conflict: somebody else was first at the name, or at what an alias leads to
 ├── CatalogueUnavailable  503 catalogue_unavailable: the file or the server is away, full, locked or read-only
 ├── CatalogueRefused      500: not a catalogue this release can use (its URL, its driver, its schema)
 └── CatalogueHistoryGone  500: asked for changes older than those kept; take a snapshot

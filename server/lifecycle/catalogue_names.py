@@ -10,6 +10,7 @@ from sqlalchemy import Connection, bindparam, delete, exists, insert, literal_co
 from adapters.adapter_ref import AdapterVersion
 from adapters.untrusted_json import shown
 from server.lifecycle.catalogue_errors import CatalogueConflict
+from server.lifecycle.catalogue_links import check_leads_somewhere, check_may_put, check_may_remove
 from server.lifecycle.catalogue_records import AdapterRecord, AliasRecord, VersionRecord
 from server.lifecycle.catalogue_rows import record_text, version_values
 from server.lifecycle.catalogue_tables import ADAPTER, ALIAS, GONE, NAMES, STATE, VERSION_USES, VERSIONS
@@ -30,6 +31,10 @@ class NameChange:
     def put(self, record: AdapterRecord | AliasRecord, new_version: VersionRecord | None = None) -> None:
         kind = _kind_of(record)
         stood = self._check_unchanged(kind, record)
+        if isinstance(record, AdapterRecord):
+            check_may_put(self._connection, record)
+        else:
+            check_leads_somewhere(self._connection, record)
         self._write(record.name, kind, record_text(record), is_new=stood is None)
         if new_version is not None:
             self._add_version(new_version)
@@ -38,6 +43,8 @@ class NameChange:
     def remove(self, record: AdapterRecord | AliasRecord) -> None:
         if self._check_unchanged(_kind_of(record), record) in (None, GONE):
             raise CatalogueConflict(f"'{shown(record.name)}' was never put, so it cannot be deleted")
+        if isinstance(record, AdapterRecord):
+            check_may_remove(self._connection, record)
         self._write(record.name, GONE, "{}", is_new=False)
         self._settle_uses(record.name, frozenset())
 

@@ -60,6 +60,12 @@ Index(
     sqlite_where=NAMES.c.kind == GONE,
     postgresql_where=NAMES.c.kind == GONE,
 )  # pruning looks at tombstones only
+Index(
+    "catalogue_names_alias",
+    NAMES.c.name,
+    sqlite_where=NAMES.c.kind == ALIAS,
+    postgresql_where=NAMES.c.kind == ALIAS,
+)  # a change of an adapter looks at the aliases, which are few
 
 VERSION_USES = Table(
     "catalogue_version_uses",

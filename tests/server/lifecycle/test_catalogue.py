@@ -108,6 +108,7 @@ def test_a_report_keeps_every_float(catalogue: Catalogue, norm: float) -> None:
 
 
 ANY_NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20)
+WEIGHTS = st.lists(st.floats(0, 1e308), max_size=3)
 TARGETS = st.lists(st.builds(AliasTarget, adapter=ANY_NAMES, weight=st.floats(0, 1e308)), max_size=3).map(tuple)
 
 
@@ -125,23 +126,28 @@ TARGETS = st.lists(st.builds(AliasTarget, adapter=ANY_NAMES, weight=st.floats(0,
         managed_by=st.text(),
         created_at=st.floats(0.5, 1e12),
     ),
-    targets=TARGETS,
+    weights=WEIGHTS,
     previous=st.lists(TARGETS, max_size=2).map(tuple),
 )
 def test_any_value_comes_back(
     catalogue: Catalogue,
     record: AdapterRecord,
-    targets: tuple[AliasTarget, ...],
+    weights: list[float],
     previous: tuple[tuple[AliasTarget, ...], ...],
 ) -> None:
-    written = catalogue.put_adapter(record)
+    record = replace(record, version=version_of(1))
+    written = catalogue.put_adapter(record, version_record(1))
+    targets = tuple(AliasTarget(adapter=record.name, weight=weight) for weight in weights)
     named = catalogue.put_alias(AliasRecord(name=record.name + "~", targets=targets, previous=previous))
     snapshot = catalogue.snapshot()
     assert snapshot.adapters == {record.name: written}
     assert snapshot.aliases == {named.name: named}
     assert replace(written, revision=0, updated_at=0.0) == record
-    catalogue.delete_adapter(written)
+    if targets:
+        with pytest.raises(CatalogueConflict, match="leads to"):
+            catalogue.delete_adapter(written)
     catalogue.delete_alias(named)
+    catalogue.delete_adapter(written)
 
 
 # Compare and set.
@@ -167,6 +173,8 @@ def test_of_two_who_replace_one_wins(catalogue: Catalogue, replica: Catalogue) -
 
 
 def test_of_two_who_move_an_alias_one_wins(catalogue: Catalogue, replica: Catalogue) -> None:
+    for name in ("a", "b"):
+        catalogue.put_adapter(adapter(name, 1), version_record(1))
     read = catalogue.put_alias(alias("prod", AliasTarget(adapter="a")))
     won = replica.put_alias(replace(read, targets=(AliasTarget(adapter="b"),)))
     for change in (catalogue.put_alias, catalogue.delete_alias):
@@ -210,7 +218,7 @@ def test_a_refused_change_takes_no_number(catalogue: Catalogue) -> None:
 
 
 def test_an_alias_cannot_have_an_adapters_name_nor_the_other_way_round(catalogue: Catalogue) -> None:
-    sql = catalogue.put_adapter(adapter("sql"))
+    sql = catalogue.put_adapter(adapter("sql", 1), version_record(1))
     prod = catalogue.put_alias(alias("prod", AliasTarget(adapter="sql")))
     with pytest.raises(CatalogueConflict, match="an adapter's name"):
         catalogue.put_alias(alias("sql", AliasTarget(adapter="sql")))
@@ -226,6 +234,7 @@ def test_an_alias_cannot_have_an_adapters_name_nor_the_other_way_round(catalogue
 
 def test_a_name_may_become_the_other_kind_once_it_is_gone(catalogue: Catalogue, replica: Catalogue) -> None:
     sql = catalogue.put_adapter(adapter("sql", 1), version_record(1))
+    catalogue.put_adapter(adapter("other", 1), version_record(1))
     follower = Follower(replica.snapshot())
     catalogue.delete_adapter(sql)
     catalogue.put_alias(alias("sql", AliasTarget(adapter="other")))
@@ -249,15 +258,18 @@ def test_versions_nobody_names_go_with_the_change_that_dropped_them(catalogue: C
     sql = catalogue.put_adapter(replace(sql, version=version_of(2), previous=(version_of(1),)), version_record(2))
     catalogue.delete_adapter(same)
     assert versions() == {"1", "2"}  # one is still the previous one
-    prod = catalogue.put_alias(alias("prod", AliasTarget(adapter="sql", version=version_of(1))))
     sql = catalogue.put_adapter(replace(sql, previous=()))
-    assert versions() == {"1", "2"}  # the alias names it
-    moved = replace(prod, targets=(AliasTarget(adapter="sql"),), previous=(prod.targets,))
-    prod = catalogue.put_alias(moved)
-    assert versions() == {"1", "2"}  # its rollback does
-    catalogue.put_alias(replace(prod, previous=()))
     assert versions() == {"2"}
+    other = catalogue.put_adapter(adapter("other", 3), version_record(3))
+    prod = catalogue.put_alias(alias("prod", AliasTarget(adapter="sql", version=version_of(2))))
+    moved = replace(prod, targets=(AliasTarget(adapter="other"),), previous=(prod.targets,))
+    prod = catalogue.put_alias(moved)
     catalogue.delete_adapter(sql)
+    assert versions() == {"2", "3"}  # the alias led there
+    prod = catalogue.put_alias(replace(prod, previous=()))
+    assert versions() == {"3"}
+    catalogue.delete_alias(prod)
+    catalogue.delete_adapter(other)
     assert versions() == set()
 
 
@@ -265,7 +277,7 @@ def test_a_version_that_is_not_known_cannot_be_named(catalogue: Catalogue) -> No
     with pytest.raises(CatalogueConflict, match="is not in the catalogue"):
         catalogue.put_adapter(adapter("sql", 1))
     with pytest.raises(CatalogueConflict, match="is not in the catalogue"):
-        catalogue.put_alias(alias("prod", AliasTarget(adapter="sql", version=version_of(1))))
+        catalogue.put_alias(alias("prod", previous=((AliasTarget(adapter="sql", version=version_of(1)),),)))
     with pytest.raises(ValueError, match="not among those"):
         catalogue.put_adapter(adapter("sql"), version_record(1))
     assert catalogue.snapshot().sequence == 0

@@ -65,7 +65,7 @@ class CatalogueMachine(RuleBasedStateMachine):
         read = self._read(name, stale)
         if read is None:
             return
-        stands = self.known.get(name) == read
+        may = self.known.get(name) == read and not (isinstance(read, AdapterRecord) and self._is_led_to(name))
         catalogue = self.servers[server]
         try:
             if isinstance(read, AdapterRecord):
@@ -73,9 +73,9 @@ class CatalogueMachine(RuleBasedStateMachine):
             else:
                 catalogue.delete_alias(read)
         except CatalogueConflict:
-            assert not stands
+            assert not may
         else:
-            assert stands
+            assert may
             del self.known[name]
 
     @rule(server=SERVERS)
@@ -112,7 +112,7 @@ class CatalogueMachine(RuleBasedStateMachine):
         same_kind = stands is None or type(stands) is type(record)
         known = {version for other in self.known.values() for version in other.named_versions}
         known |= set() if number is None else {version_of(number)}
-        may = record.revision == revision and same_kind and record.named_versions <= known
+        may = record.revision == revision and same_kind and record.named_versions <= known and self._links_hold(record)
         try:
             written = self._call(server, record, number)
         except CatalogueConflict:
@@ -121,6 +121,28 @@ class CatalogueMachine(RuleBasedStateMachine):
         assert may
         self.known[record.name] = written
         self.past.setdefault(record.name, []).append(written)
+
+    def _links_hold(self, record: Record) -> bool:
+        """Whether aliases lead to what is there once `record` is put, and their versions are kept."""
+        if isinstance(record, AliasRecord):
+            return all(self._is_there(target) for target in record.targets)
+        stands = self.known.get(record.name)
+        taken = (stands.named_versions if stands else frozenset()) - record.named_versions
+        targets = (target for alias in self._aliases() for targets in alias.previous for target in targets)
+        named = (*targets, *(target for alias in self._aliases() for target in alias.targets))
+        return not any(target.adapter == record.name and target.version in taken for target in named)
+
+    def _is_there(self, target: AliasTarget) -> bool:
+        stands = self.known.get(target.adapter)
+        if not isinstance(stands, AdapterRecord):
+            return False
+        return target.version in stands.named_versions if target.version else bool(stands.named_versions)
+
+    def _is_led_to(self, name: str) -> bool:
+        return any(target.adapter == name for alias in self._aliases() for target in alias.targets)
+
+    def _aliases(self) -> list[AliasRecord]:
+        return [record for record in self.known.values() if isinstance(record, AliasRecord)]
 
     def _call(self, server: int, record: Record, number: int | None) -> Record:
         catalogue = self.servers[server]

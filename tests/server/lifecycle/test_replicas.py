@@ -11,11 +11,12 @@ import pytest_asyncio
 
 from adapters.errors import AdapterAlreadyLoaded, AdapterError, AdapterNotFound
 from server.errors import ModelNotFound
+from server.lifecycle import following
 from server.lifecycle.catalogue import Catalogue
 from server.lifecycle.catalogue_errors import CatalogueHistoryGone
 from server.lifecycle.catalogue_records import AliasTarget
 from server.lifecycle.control import WantedAdapter
-from server.lifecycle.errors import AdapterLoadCancelled, NameConflict
+from server.lifecycle.errors import AdapterLoadCancelled, AliasNotFound, NameConflict
 from tests.server.lifecycle.restart_world import World, adapter_folder, serving, version_in
 
 Pair = tuple[World, World]
@@ -160,6 +161,102 @@ async def test_an_alias_takes_no_name_that_the_other_gave_away(pair: Pair, tmp_p
     await first.service.put_alias("best", [AliasTarget(adapter="sql")])
     with pytest.raises(AdapterError, match="alias"):
         await second.service.load("best", source)
+
+
+@pytest_asyncio.fixture
+async def strangers(pair: Pair, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pair:
+    """What one does the other learns only in the course of a change of its own. Both know `sql` and `other`."""
+    first, second = pair
+    monkeypatch.setattr(following, "POLL_SECONDS", 3600)
+    await asyncio.sleep(0.5)  # the last look that was waited for already
+    for seed, name in enumerate(("sql", "other")):
+        await first.service.load(name, adapter_folder(tmp_path / "sources", seed))
+    await second.service.directory.refresh()
+    return pair
+
+
+async def replace_sql(world: World, folder: Path, seeds: range) -> None:
+    for seed in seeds:
+        await world.service.load("sql", adapter_folder(folder, seed), load_inplace=True)
+
+
+async def check_served_by_both(pair: Pair, alias: str, version: str) -> None:
+    for world in pair:
+        await world.service.directory.refresh()
+        assert await served_version(world, alias) == version
+
+
+@pytest.mark.asyncio
+async def test_a_version_stays_that_an_alias_of_the_other_names(strangers: Pair, tmp_path: Path) -> None:
+    first, second = strangers
+    sources = tmp_path / "sources"
+    version = version_in(adapter_folder(sources, 0))
+    await second.service.put_alias("best", [AliasTarget(adapter="sql", version=version)])
+    await replace_sql(first, sources, range(2, 6))
+    kept = first.service.directory.records["sql"].previous
+    assert kept == tuple(version_in(adapter_folder(sources, seed)) for seed in (4, 3, 0))
+    await check_served_by_both(strangers, "best", version)
+
+
+@pytest.mark.asyncio
+async def test_a_name_stays_that_an_alias_of_the_other_leads_to(strangers: Pair, tmp_path: Path) -> None:
+    first, second = strangers
+    await second.service.put_alias("best", [AliasTarget(adapter="other")])
+    with pytest.raises(NameConflict, match="the alias 'best' leads to 'other'; move or delete the alias first"):
+        await first.service.unload("other")
+    await check_served_by_both(strangers, "best", version_in(adapter_folder(tmp_path / "sources", 1)))
+    await first.service.remove_alias("best")
+    await first.service.unload("other")
+
+
+@pytest.mark.asyncio
+async def test_no_alias_leads_to_what_the_other_took_away(strangers: Pair, tmp_path: Path) -> None:
+    """By putting it, by moving it, by rolling it back."""
+    first, second = strangers
+    version = version_in(adapter_folder(tmp_path / "sources", 0))
+    await second.service.put_alias("best", [AliasTarget(adapter="other")])
+    await second.service.put_alias("best", [AliasTarget(adapter="sql")])
+    await first.service.directory.refresh()
+    await replace_sql(first, tmp_path / "sources", range(2, 6))
+    await first.service.unload("other")
+    with pytest.raises(AdapterNotFound, match="neither is nor keeps a version"):
+        await second.service.put_alias("old", [AliasTarget(adapter="sql", version=version)])
+    await first.service.load("third", adapter_folder(tmp_path / "sources", 1))
+    await second.service.directory.refresh()
+    await first.service.unload("third")
+    with pytest.raises(AdapterNotFound, match="no adapter is registered as 'third'"):
+        await second.service.put_alias("best", [AliasTarget(adapter="third")])
+    with pytest.raises(AdapterNotFound, match="no adapter is registered as 'other'"):
+        await second.service.aliases.rollback("best")
+    await check_served_by_both(strangers, "best", version_in(adapter_folder(tmp_path / "sources", 5)))
+
+
+@pytest.mark.asyncio
+async def test_a_rollback_to_what_the_other_took_away_a_moment_ago(strangers: Pair) -> None:
+    first, second = strangers
+    for name in ("other", "sql"):
+        await second.service.put_alias("best", [AliasTarget(adapter=name)])
+    await first.service.unload("other")
+    with pytest.raises(AdapterNotFound, match="no adapter is registered as 'other'"):
+        await second.service.aliases.rollback("best")
+
+
+@pytest.mark.asyncio
+async def test_an_alias_put_as_it_was_is_there_though_the_other_removed_it(strangers: Pair) -> None:
+    first, second = strangers
+    targets = [AliasTarget(adapter="other")]
+    await second.service.put_alias("best", targets)
+    await first.service.directory.refresh()
+    await first.service.remove_alias("best")
+    await second.service.put_alias("best", targets)
+    await first.service.directory.refresh()
+    assert first.service.aliases.get("best") == second.service.aliases.get("best")
+    await first.service.remove_alias("best")
+    await first.service.unload("other")
+    with pytest.raises(AdapterNotFound):
+        await second.service.put_alias("best", targets)
+    with pytest.raises(AliasNotFound):
+        second.service.aliases.get("best")
 
 
 @pytest.mark.asyncio

@@ -87,10 +87,6 @@ class AdapterRegistry:
         self._names: dict[str, _Name] = {}
         self._versions: dict[AdapterVersion, _Version] = {}
 
-    def may_have(self, name: str) -> bool:
-        """No name of the base model's, nor one that no adapter can have."""
-        return name not in self._reserved and _is_name(name)
-
     def check_name(self, name: str) -> None:
         """Raises AdapterNameInvalid when no adapter may have the name; asked before the work of loading is done."""
         check_adapter_name(name)
@@ -188,7 +184,8 @@ class AdapterRegistry:
 
     def is_current(self, version: AdapterVersion) -> bool:
         """Some name stands for the version now, and does not only keep it."""
-        return any(self._names[name].ref.version == version for name in self.names_of(version))
+        held = self._versions.get(version)
+        return held is not None and any(self._names[name].ref.version == version for name in held.names)
 
     def is_held(self, version: AdapterVersion) -> bool:
         """Some name or lease is on the version, so its bytes must stay."""

@@ -274,8 +274,8 @@ class ServeOptions:
 
     def config(self, model: str | None, samples: Sequence[tuple[str, Path]] = ()) -> ServerConfig:
         """The server's settings. Named adapters win over samples of the same name."""
-        chosen = dict(samples if self._wants_samples(model) else ())
-        chosen.update(parse_lora_module(text) for text in self.lora_modules)
+        shipped = dict(samples if self._wants_samples(model) else ())
+        named = dict(parse_lora_module(text) for text in self.lora_modules)
         return ServerConfig(
             engine=EngineConfig(
                 model=self._part(ModelConfig, model=model),
@@ -286,7 +286,8 @@ class ServeOptions:
             adapters=self._part(AdapterConfig),
             http=self._part(HTTPConfig),
             served_model_names=self.served_model_name,
-            lora_modules=tuple(chosen.items()),
+            lora_modules=tuple((shipped | named).items()),
+            samples=frozenset(shipped.keys() - named.keys()),
         )
 
     def _wants_samples(self, model: str | None) -> bool:

@@ -102,3 +102,4 @@ class ServerConfig:
     http: HTTPConfig = field(default_factory=HTTPConfig)
     served_model_names: tuple[str, ...] = ()  # () = the model's own name; the first is the one in replies
     lora_modules: tuple[tuple[str, Path], ...] = ()  # (name, folder) loaded at start
+    samples: frozenset[str] = frozenset()  # names of those that nobody asked for: they yield to what has the name

@@ -9,7 +9,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -31,7 +31,7 @@ from server.engine.base_model import load_base_model
 from server.engine.engine import Engine
 from server.lifecycle.assembly import AdapterParts, open_adapters
 from server.lifecycle.catalogue_errors import CatalogueError
-from server.lifecycle.control import START_OWNER, WantedAdapter
+from server.lifecycle.control import MISS_OWNER, START_OWNER, WantedAdapter
 from server.metrics import Metrics
 from server.tokenizer import Tokenizer, TokenizerNotLoaded
 
@@ -58,6 +58,7 @@ class AdapterLoader(Protocol):
 
     async def apply(self, wanted: WantedAdapter) -> None: ...
     async def forget_start(self, names: Sequence[str]) -> None: ...
+    def owner_of(self, name: str) -> str | None: ...
 
 
 def serve(config: ServerConfig, console: Console) -> None:
@@ -134,6 +135,7 @@ class _Running:
         self._announce(engine, context)
         await asyncio.wait({serving, asyncio.create_task(stop[0].wait())}, return_when=asyncio.FIRST_COMPLETED)
         await drain(engine, self.config.http.shutdown_timeout, stop[1], self.console)
+        context.adapters.events.end()
         server.should_exit = True
         await serving
 
@@ -160,14 +162,16 @@ class _Running:
         """The adapters of the state folder known, those of the command line loaded, what steers them running."""
         config, lora = self.config.adapters, self.config.engine.lora
         try:
-            parts = await open_adapters(stack, engine, metrics, config, lora, base_names=self.names)
+            named = [folder for _, folder in self.config.lora_modules]
+            parts = await open_adapters(stack, engine, metrics, config, lora, base_names=self.names, named=named)
             await parts.service.start()
-            await load_adapters(parts.service, self.config.lora_modules)
+            await load_adapters(parts.service, self.config.lora_modules, samples=self.config.samples)
             steering = parts.reconcilers(config)
         except (OSError, ValueError, AdapterError, CatalogueError) as error:
             raise StartupRefused(f"adapters cannot be served: {error}") from error
         for each in steering:
             task = asyncio.create_task(each.run(), name=type(each).__name__)
+            task.add_done_callback(_told_when_it_fails)
             stack.push_async_callback(_cancelled, task)
         return parts
 
@@ -222,17 +226,27 @@ def bound_socket(http: HTTPConfig) -> Iterator[socket.socket]:
         yield sock
 
 
-async def load_adapters(service: AdapterLoader, modules: Sequence[tuple[str, Path]]) -> None:
+async def load_adapters(
+    service: AdapterLoader, modules: Sequence[tuple[str, Path]], *, samples: Collection[str] = ()
+) -> None:
     """Load every adapter named at start; one that is refused stops the start, as a server without it would mislead.
-    What an earlier start named and this one does not is taken away.
+    What an earlier start named and this one does not is taken away. `samples` leave a name to who has it.
     """
     for name, folder in modules:
+        if name in samples and service.owner_of(name) not in (None, START_OWNER, MISS_OWNER):
+            logger.info("the sample %s is not loaded: the name is taken", name)
+            continue
         wanted = WantedAdapter(name=name, source=str(folder.absolute()), managed_by=START_OWNER)
         try:
             await service.apply(wanted)
         except AdapterError as error:
             raise StartupRefused(f"adapter {name!r} from {folder} cannot be served: {error}") from error
     await service.forget_start([name for name, _ in modules])
+
+
+def _told_when_it_fails(task: "asyncio.Task[None]") -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("%s ended: what it follows changes nothing any more", task.get_name(), exc_info=error)
 
 
 async def _cancelled(task: "asyncio.Task[None]") -> None:

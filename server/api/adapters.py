@@ -22,7 +22,6 @@ from server.api.json_list import json_list
 from server.api.sse import SSEResponse
 from server.lifecycle.adapter_description import AdapterDescription, unloaded
 from server.lifecycle.adapter_events import AdapterChanges
-from server.lifecycle.control import WantedAdapter
 from server.lifecycle.load_job import LoadJob, LoadOutcome, wait_at_most
 
 router = role_router(Role.ADMIN)
@@ -56,18 +55,14 @@ class AdminFields(BaseModel):
 
 
 class LoadAdapterRequest(AdminFields):
-    """POST /v1/adapters."""
+    """POST /v1/adapters; a setting that is absent stays as the name has it."""
 
     name: str = Field(min_length=1, max_length=512)
     source: str = Field(min_length=1, max_length=MAX_SOURCE_CHARS)
     load_inplace: bool = False
-    pin: bool = False
+    pin: bool | None = None
     ttl: float | None = Field(None, gt=0, le=MAX_TTL_SECONDS)  # seconds
-    priority: Priority = 0
-
-    @property
-    def wanted(self) -> WantedAdapter:
-        return WantedAdapter(**self.model_dump())
+    priority: Priority | None = None
 
 
 class ChangeAdapterRequest(AdminFields):
@@ -96,8 +91,8 @@ async def _watched(context: ServerContext, changes: AdapterChanges) -> AsyncIter
     stream = AdapterStream(context.adapters.view)
     async for adapter in context.adapters.view.each():
         yield named_event("adapter", stream.first(adapter))
-    while True:
-        for described in stream.changed(await changes.next()):
+    while (name := await changes.next()) is not None:
+        for described in stream.changed(name):
             yield named_event("adapter", described)
 
 
@@ -106,7 +101,8 @@ async def load_adapter(body: LoadAdapterRequest, request: Request, context: Cont
     """202 when it was accepted; with `wait` seconds, 201 when the name was new and 200 when it was there (replaced or
     unchanged), or 202 after all when that takes longer.
     """
-    return await loading_reply(context, request, await context.adapters.submit(body.wanted), wait)
+    wanted = context.adapters.changes.asked(**body.model_dump())
+    return await loading_reply(context, request, await context.adapters.submit(wanted), wait)
 
 
 def _described(context: ServerContext, name: str) -> dict[str, Any]:

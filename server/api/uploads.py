@@ -12,7 +12,6 @@ from server.api.adapters import MAX_PRIORITY, MAX_TTL_SECONDS, Wait, loading_rep
 from server.api.auth import Role, role_router
 from server.api.context import ServerContext, server_context
 from server.api.json_request import body_chunks, refuse_compressed
-from server.lifecycle.control import WantedAdapter
 
 router = role_router(Role.ADMIN)
 
@@ -23,16 +22,16 @@ async def upload_adapter(
     context: Annotated[ServerContext, Depends(server_context)],
     name: Annotated[str, Query(min_length=1, max_length=512)],
     load_inplace: bool = False,
-    pin: bool = False,
+    pin: bool | None = None,
     ttl: Annotated[float | None, Query(gt=0, le=MAX_TTL_SECONDS)] = None,
-    priority: Annotated[int, Query(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0,
+    priority: Annotated[int | None, Query(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = None,
     wait: Wait = 0.0,
 ) -> Response:
     """The replies of POST /v1/adapters. The name is checked before the body is read."""
     context.adapters.check_name(name)
     refuse_compressed(request)
     upload = await context.uploads.receive(request.headers.get("content-type", ""), body_chunks(request))
-    wanted = WantedAdapter(
-        name=name, source=upload.source, load_inplace=load_inplace, pin=pin, ttl=ttl, priority=priority
+    wanted = context.adapters.changes.asked(
+        name, upload.source, load_inplace=load_inplace, pin=pin, ttl=ttl, priority=priority
     )
     return await loading_reply(context, request, await context.adapters.submit(wanted), wait)

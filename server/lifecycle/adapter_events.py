@@ -18,6 +18,11 @@ class AdapterEvents:
         for reader in self._readers:
             reader.add(name)
 
+    def end(self) -> None:
+        """There will be no more: the server shuts down."""
+        for reader in self._readers:
+            reader.end()
+
     @property
     def num_readers(self) -> int:
         return len(self._readers)
@@ -34,6 +39,7 @@ class AdapterChanges:
         self._readers = readers
         self._names: dict[str, None] = {}
         self._has_some = asyncio.Event()
+        self._has_ended = False
         readers.add(self)
 
     def __enter__(self) -> Self:
@@ -52,11 +58,17 @@ class AdapterChanges:
         self._names[name] = None
         self._has_some.set()
 
-    async def next(self) -> str:
-        """The name whose change is the oldest not yet told."""
+    def end(self) -> None:
+        """`next` gives what is left, then None."""
+        self._has_ended = True
+        self._has_some.set()
+
+    async def next(self) -> str | None:
+        """The name whose change is the oldest not yet told; None at the end."""
         await self._has_some.wait()
-        name = next(iter(self._names))
-        del self._names[name]
-        if not self._names:
+        name = next(iter(self._names), None)
+        if name is not None:
+            del self._names[name]
+        if not self._names and not self._has_ended:
             self._has_some.clear()
         return name

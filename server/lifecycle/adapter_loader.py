@@ -9,6 +9,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -16,6 +17,7 @@ from types import MappingProxyType
 from adapters.adapter_ref import AdapterVersion
 from adapters.checkpoint import LoadedAdapter
 from adapters.errors import AdapterAlreadyLoaded, AdapterError
+from adapters.lora_model import LoRAModel
 from adapters.version_store import VersionStore
 from server.errors import ServerError
 from server.lifecycle.adapter_events import AdapterEvents
@@ -26,7 +28,7 @@ from server.lifecycle.errors import AdapterLoadCancelled
 from server.lifecycle.failed_loads import FailedLoads
 from server.lifecycle.host_tier import HostTier
 from server.lifecycle.load_job import AdapterLoad, LoadJob, LoadOutcome, LoadStage
-from server.lifecycle.pending_load import announced, pending_text
+from server.lifecycle.pending_load import accepted_by, announced, parse_pending, pending_text
 from server.lifecycle.source_reader import SourceReader
 from server.lifecycle.sources.in_thread import in_thread
 from server.lifecycle.version_locks import VersionLocks
@@ -36,7 +38,8 @@ logger = logging.getLogger(__name__)
 
 
 class AdapterLoader:
-    """`keep_versions`: how many replaced versions a name keeps on disk. `on_dropped` is told of a version that was
+    """`keep_versions`: how many replaced versions a name keeps on disk. `server_id` is the same after a restart and no
+    other server's. `on_dropped` is told of a version that was
     read and given up.
     """
 
@@ -50,6 +53,7 @@ class AdapterLoader:
         locks: VersionLocks,
         *,
         keep_versions: int,
+        server_id: str,
         events: AdapterEvents,
         on_dropped: Callable[[AdapterVersion], None],
     ) -> None:
@@ -60,6 +64,7 @@ class AdapterLoader:
         self._metrics = metrics
         self._locks = locks
         self._keep_versions = keep_versions
+        self._server_id = server_id
         self._on_change = events.publish
         self._on_dropped = on_dropped
         self._jobs: dict[str, LoadJob] = {}
@@ -96,9 +101,14 @@ class AdapterLoader:
         await asyncio.shield(job.accepted)
         return job
 
-    def resume(self, wanted: WantedAdapter) -> LoadJob:
-        """Go on with a load that was accepted before: by a server that stopped, or before it was cancelled."""
-        return self._begin(wanted, is_new=False)
+    def resume(self, record: AdapterRecord, *, also_foreign: bool = False) -> None:
+        """Go on with a load that was accepted before, by this server or, with `also_foreign`, one that may be gone."""
+        if record.pending is None:
+            return
+        is_foreign = accepted_by(record.pending) != self._server_id
+        if also_foreign or not is_foreign:
+            job = self._begin(parse_pending(record.pending), is_new=False)
+            job.pending, job.record_created_at, job.is_foreign = record.pending, record.created_at, is_foreign
 
     async def validate(self, source: str) -> LoadedAdapter:
         """Read and check, and keep nothing. Raises AdapterError."""
@@ -134,14 +144,17 @@ class AdapterLoader:
 
     async def _accept(self, job: LoadJob, *, is_new: bool) -> None:
         if is_new:
-            await self._directory.retried(lambda: self._announce(job.wanted))
+            job.pending = pending_text(job.wanted, self._server_id)
+            stored = await self._directory.retried(lambda: self._announce(job))
+            job.record_created_at = stored.created_at
         del self._queued[job.wanted]
         self._jobs[job.wanted.name] = job
         job.accepted.set_result(None)
         self._on_change(job.wanted.name)
 
-    async def _announce(self, wanted: WantedAdapter) -> None:
-        await self._directory.put(announced(self._directory.records.get(wanted.name), wanted))
+    async def _announce(self, job: LoadJob) -> AdapterRecord:
+        known = self._directory.records.get(job.wanted.name)
+        return await self._directory.put(announced(known, job.wanted, job.pending))
 
     async def _work(self, job: LoadJob) -> None:
         """Load, tell who waits, and give the name free; its lock is held."""
@@ -178,11 +191,19 @@ class AdapterLoader:
                 await self._host.put(loaded.model)
                 if wanted.pin:
                     self._host.set_policy(version, loaded.model.num_bytes, pin=True, priority=wanted.priority)
-                return await self._directory.retried(lambda: self._commit(wanted, loaded))
+                load = await self._directory.retried(lambda: self._commit(job, loaded))
+                await self._keep_file(loaded.model)
+                return load
         except BaseException as error:  # nobody may have a use for what is there now
             if getattr(error, "outcome_known", True):  # else the name may lead to it; what is unused goes later
                 self._on_dropped(version)
             raise
+
+    async def _keep_file(self, model: LoRAModel) -> None:
+        """Another server in the same folder may have found the file without a use just before the commit."""
+        if not await asyncio.to_thread(self._store.__contains__, model.version):
+            with suppress(AdapterError):  # the load is done: what is missing is fetched again when it is asked for
+                await in_thread(partial(self._store.put, model), wait_if_cancelled=True)
 
     def _outcome(self, wanted: WantedAdapter, version: AdapterVersion) -> LoadOutcome:
         """What the load will do to its name. Raises AdapterAlreadyLoaded."""
@@ -198,12 +219,17 @@ class AdapterLoader:
             )
         return LoadOutcome.REPLACED
 
-    async def _commit(self, wanted: WantedAdapter, loaded: LoadedAdapter) -> AdapterLoad:
-        """The moment from which the name stands for the version. Another server may have loaded the name meanwhile."""
-        model = loaded.model
+    async def _commit(self, job: LoadJob, loaded: LoadedAdapter) -> AdapterLoad:
+        """The moment from which the name stands for the version. Another server may have loaded the name meanwhile, or
+        taken it away, which ends the load.
+        """
+        wanted, model = job.wanted, loaded.model
+        known_record = self._directory.records.get(wanted.name)
+        if job.record_created_at not in (None, known_record.created_at if known_record else 0.0):
+            raise AdapterLoadCancelled(f"{wanted.name!r} was taken away by another server while it was being loaded")
+        record = known_record or AdapterRecord(name=wanted.name)
         outcome = self._outcome(wanted, model.version)
-        record = self._directory.records.get(wanted.name) or AdapterRecord(name=wanted.name)
-        is_of_another = wanted.managed_by == API_OWNER and record.pending != pending_text(wanted)
+        is_of_another = job.pending is not None and record.pending != job.pending
         known = VersionRecord(
             version=model.version,
             lora_rank=model.lora_rank,
@@ -212,21 +238,22 @@ class AdapterLoader:
             report=loaded.report,
             source=wanted.source,
         )
-        stored = await self._directory.put(
-            replace(
-                record,
-                source=wanted.source,
-                version=model.version,
-                previous=self._directory.previous_after(record, model.version, self._keep_versions),
-                pending=record.pending if is_of_another else None,
-                failure=None,
-                pin=wanted.pin,
-                ttl=wanted.ttl,
-                priority=wanted.priority,
-                managed_by=wanted.managed_by,
-            ),
-            known,
+        new = replace(
+            record,
+            source=wanted.source,
+            version=model.version,
+            previous=self._directory.previous_after(record, model.version, self._keep_versions),
+            pending=record.pending if is_of_another else None,
+            failure=None,
+            pin=wanted.pin,
+            ttl=wanted.ttl,
+            priority=wanted.priority,
+            managed_by=wanted.managed_by,
         )
+        is_by_accident = outcome is LoadOutcome.UNCHANGED and wanted.managed_by == API_OWNER
+        if is_by_accident and record.managed_by not in (API_OWNER, MISS_OWNER):
+            new = replace(new, source=record.source, managed_by=record.managed_by)  # it stays with its owner
+        stored = await self._directory.put(new, known)
         return AdapterLoad(ref_of(stored, known), outcome)
 
     async def _failed(self, job: LoadJob, error: BaseException) -> None:

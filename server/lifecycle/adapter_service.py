@@ -8,6 +8,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Collection, Coroutine, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from adapters.adapter_ref import AdapterVersion, Lease
@@ -17,7 +19,7 @@ from adapters.registry import AdapterRegistry
 from adapters.version_store import VersionStore
 from server.config import LoRALimits
 from server.engine.request import EngineStats
-from server.errors import ModelNotFound, ServerError
+from server.errors import ModelNotFound, ServerError, Unavailable
 from server.lifecycle.adapter_events import AdapterEvents
 from server.lifecycle.adapter_loader import AdapterLoader
 from server.lifecycle.adapter_view import AdapterView
@@ -26,14 +28,13 @@ from server.lifecycle.catalogue import Catalogue
 from server.lifecycle.control import WantedAdapter
 from server.lifecycle.device_watch import DeviceWatch
 from server.lifecycle.directory import AdapterDirectory
-from server.lifecycle.expiry import sweep_forever
+from server.lifecycle.expiry import is_over, sweep_forever
 from server.lifecycle.following import follow
 from server.lifecycle.host_tier import HostTier
 from server.lifecycle.host_traffic import ReadVersion
 from server.lifecycle.load_job import AdapterLoad, LoadJob
 from server.lifecycle.model_names import ModelNames
 from server.lifecycle.name_changes import NameChanges
-from server.lifecycle.pending_load import parse_pending
 from server.lifecycle.reconciler_control import ReconcilerControl
 from server.lifecycle.source_reader import ReadAdapter, SourceReader
 from server.lifecycle.sources.source_template import SourceTemplate
@@ -56,6 +57,8 @@ class AdapterEngine(Protocol):
 
     @property
     def stats(self) -> EngineStats: ...
+    @property
+    def is_healthy(self) -> bool: ...
     def load_adapter(self, model: LoRAModel) -> Awaitable[None]: ...
     def unload_adapter(self, version: AdapterVersion) -> Awaitable[None]: ...
 
@@ -63,8 +66,7 @@ class AdapterEngine(Protocol):
 class AdapterService(ReconcilerControl):
     """`base_names` are the served names of the base model, `row_bytes` what one rank takes in the device's pools,
     `cold_timeout` how many seconds a request waits for an adapter that is not in memory, `keep_versions` how many
-    replaced versions a name keeps on disk.
-    """
+    replaced versions a name keeps on disk, `server_id` what it is known as after a restart."""
 
     def __init__(
         self,
@@ -83,12 +85,14 @@ class AdapterService(ReconcilerControl):
         template: SourceTemplate | None = None,
         uploads: UploadStore | None = None,
         lora_rows: int = 0,
+        server_id: str = "",
     ) -> None:
         self.started_at = time.time()  # seconds since the epoch
         self.engine = engine
         self.store = store
         self._metrics = metrics
         self._cold_timeout = cold_timeout
+        self._server_id = server_id
         self.events = AdapterEvents()
         self.registry = AdapterRegistry(
             reserved_names=base_names, on_unused=lambda v: self.keeper.review(v), on_released=self._on_released
@@ -98,14 +102,14 @@ class AdapterService(ReconcilerControl):
         self.host = self._host_tier(StoredVersions(store, reader, self.directory).read, limits)
         self.loader = self._adapter_loader(reader, locks, keep_versions)
         self.device = DeviceWatch(lambda: engine.stats, self.directory, row_bytes=row_bytes, on_change=self._on_version)
-        self.keeper = VersionKeeper(
-            self.registry, self.directory.is_wanted, self.host, store, locks, device_bytes_of=self.device.num_bytes
-        )
+        self.keeper = self._version_keeper(locks)
         self.aliases = AliasService(self.directory, self.registry, self.loader)
         self.names = ModelNames(base_names, self.registry, self.directory.aliases)
         self.changes = NameChanges(self.directory, self.registry, self.loader, self.host)
         self._unloading = Unloading(self.directory, self.registry, self.loader, self.keeper)
-        self._misses = WaitingForNames(self.loader, self.directory.records, template, timeout=cold_timeout)
+        self._misses = WaitingForNames(
+            self.loader, self.directory.records, template, check_name=self.check_name, timeout=cold_timeout
+        )
         self._tasks: list[asyncio.Task[None]] = []
         self._has_started = False
         self._uploads = uploads
@@ -132,8 +136,20 @@ class AdapterService(ReconcilerControl):
             self._metrics,
             locks,
             keep_versions=keep_versions,
+            server_id=self._server_id,
             events=self.events,
             on_dropped=self._settle,
+        )
+
+    def _version_keeper(self, locks: VersionLocks) -> VersionKeeper:
+        return VersionKeeper(
+            self.registry,
+            self.directory.is_wanted,
+            self.host,
+            self.store,
+            locks,
+            device_bytes_of=self.device.num_bytes,
+            refresh=self.directory.refresh,
         )
 
     def _view(self, lora_rows: int, max_loras: int | None) -> AdapterView:
@@ -153,11 +169,10 @@ class AdapterService(ReconcilerControl):
         self._has_started = True
         self.changes.follow_policies()
         for record in tuple(self.directory.records.values()):
-            if record.pending is not None:
-                self.loader.resume(parse_pending(record.pending))
+            self.loader.resume(record, also_foreign=True)
         chores: list[Coroutine[object, object, None]] = [
             follow(self.directory),
-            sweep_forever(self.directory.records, self.unload),
+            sweep_forever(self.directory.records, self._expire),
             sweep_versions(self.store.versions, self.registry.is_held, self.keeper.review),
         ]
         if self._uploads is not None:
@@ -220,17 +235,19 @@ class AdapterService(ReconcilerControl):
         self.aliases.refuse_name(name)
 
     async def submit(self, wanted: WantedAdapter) -> LoadJob:
-        """Begin to load or replace. Raises AdapterError for what can be told at once, CatalogueError; then nothing
-        changed.
+        """Begin to load or replace. Raises AdapterError for what can be told at once, CatalogueError, and Unavailable
+        of a server that shuts down; then nothing changed.
         """
         self.check_name(wanted.name)
+        if not self.engine.is_healthy:
+            raise Unavailable("the server is shutting down and loads no adapters")
         return await self.loader.submit(wanted)
 
     async def load(self, name: str, source: str, *, load_inplace: bool = False, managed_by: str = "api") -> AdapterLoad:
         """Load and wait. Raises AdapterError (whatever is wrong with name, source or room) or ServerError; then nothing
         is left behind and `name` is as it was.
         """
-        wanted = WantedAdapter(name=name, source=source, load_inplace=load_inplace, managed_by=managed_by)
+        wanted = replace(self.changes.asked(name, source, load_inplace=load_inplace), managed_by=managed_by)
         try:
             job = await self.submit(wanted)
         except (AdapterError, ServerError) as error:
@@ -242,9 +259,17 @@ class AdapterService(ReconcilerControl):
         """Take the name away at once. Its version is freed when the last request that uses it has ended: they are ended
         now (`abort`), or `deadline` seconds from now, or not at all. Raises AdapterNotFound, NameConflict.
         """
-        unloaded = await self._unloading.unload(name, abort=abort, deadline=deadline)
-        self._metrics.adapter_unloaded(name)
-        logger.info("adapter %s unloaded (version %s)", name, unloaded.ref.version[:12] if unloaded.ref else "none")
+        return self._noted(await self._unloading.unload(name, abort=abort, deadline=deadline))
+
+    async def _expire(self, name: str) -> None:
+        """As `unload`, if the name's time is over still. Raises StillWanted, too."""
+        over = partial(is_over, now=time.time())
+        self._noted(await self._unloading.unload(name, abort=False, deadline=None, only_if=over))
+
+    def _noted(self, unloaded: Unloaded) -> Unloaded:
+        self._metrics.adapter_unloaded(unloaded.name)
+        version = unloaded.ref.version[:12] if unloaded.ref else "none"
+        logger.info("adapter %s unloaded (version %s)", unloaded.name, version)
         return unloaded
 
     def check_integrity(self) -> None:

@@ -55,7 +55,7 @@ class AdapterView:
         """All names in alphabetical order, then the versions that drain."""
         active, records = self._active(), self._directory.records
         named = [self._of_record(records[name], active) for name in sorted(records)]
-        return [*named, *(self._draining(info, active) for info in self._registry.draining())]
+        return [*named, *self.draining()]
 
     async def each(self) -> AsyncIterator[AdapterDescription]:
         """As `list`, of thousands too: others have their turn meanwhile. What is gone by then is left out."""
@@ -66,14 +66,13 @@ class AdapterView:
             record = self._directory.records.get(name)
             if record is not None:
                 yield self._of_record(record, active)
-        active = self._active()
-        for description in [self._draining(info, active) for info in self._registry.draining()]:
+        for description in self.draining():
             yield description
 
-    def draining(self, name: str) -> Sequence[AdapterDescription]:
-        """The versions that drain and lost this name last."""
+    def draining(self) -> Sequence[AdapterDescription]:
+        """The versions that drain, each with the name it lost last."""
         active = self._active()
-        return [self._draining(info, active) for info in self._registry.draining() if info.ref.name == name]
+        return [self._draining(info, active) for info in self._registry.draining()]
 
     def states(self) -> Counter[str]:
         """How many names, and draining versions, are in each state; at each scrape, so without describing them."""

@@ -45,8 +45,10 @@ async def open_adapters(
     lora: LoRALimits,
     *,
     base_names: Sequence[str],
+    named: Sequence[Path] = (),
 ) -> AdapterParts:
-    """Parts that the stack closes, the service not started yet. Raises OSError, ValueError, AdapterError and
+    """Parts that the stack closes, the service not started yet. `named` are the folders of the command line, which may
+    lie outside the allowed roots. Raises OSError, ValueError, AdapterError and
     CatalogueError when state or settings cannot be used.
     """
     state = StateFolder.at(config.state_dir)
@@ -54,7 +56,7 @@ async def open_adapters(
     uploads = UploadStore(state.uploads, quota=config.upload_quota, max_bytes=lora.max_adapter_bytes)
     stack.callback(uploads.close)
     sources = Sources(
-        roots=_roots(config),
+        roots=allowed_roots(config, named),
         allowed_urls=config.allowed_urls,
         staging=state.staging,
         limits=SourceLimits(max_bytes=lora.max_adapter_bytes),
@@ -78,13 +80,16 @@ async def open_adapters(
         cold_timeout=config.adapter_timeout,
         template=None if config.source_template is None else SourceTemplate(config.source_template),
         uploads=uploads,
+        server_id=state.server_id(),
     )
     stack.push_async_callback(service.close)
     engine.add_observer(service.device.observe_step)
     return AdapterParts(service, uploads, state)
 
 
-def _roots(config: AdapterConfig) -> tuple[Path, ...]:
-    """A watched folder is allowed by having been named."""
-    watched = () if config.adapter_dir is None else (config.adapter_dir.absolute(),)
-    return (*config.allowed_roots, *watched) if config.allowed_roots else ()
+def allowed_roots(config: AdapterConfig, named: Sequence[Path]) -> tuple[Path, ...]:
+    """A folder is allowed by having been named, also one that is watched."""
+    if not config.allowed_roots:
+        return ()
+    watched = () if config.adapter_dir is None else (config.adapter_dir,)
+    return (*config.allowed_roots, *(path.absolute() for path in (*watched, *named)))

@@ -48,6 +48,9 @@ class AdapterControl(Protocol):
     def managed(self, owner: str) -> Mapping[str, WantedAdapter]:
         """The adapters whose record says managed_by == owner, failed ones included, as they were last applied."""
 
+    def wanted(self, name: str) -> WantedAdapter | None:
+        """As `managed`, of one name, whoever manages it."""
+
     def owner_of(self, name: str) -> str | None:
         """Who manages the adapter or the alias of that name; None when there is neither."""
 

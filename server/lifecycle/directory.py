@@ -25,6 +25,7 @@ from server.lifecycle.catalogue_errors import (
 )
 from server.lifecycle.catalogue_records import AdapterRecord, AliasRecord, Changes, Snapshot, VersionRecord
 from server.lifecycle.errors import ChangedElsewhere
+from server.lifecycle.pending_load import parse_pending
 from server.lifecycle.to_its_end import to_its_end
 
 logger = logging.getLogger(__name__)
@@ -88,9 +89,11 @@ class AdapterDirectory:
         return self._named_by_aliases[version] > 0 and bool(self._registry.names_of(version))
 
     def sources(self) -> frozenset[str]:
-        """Where the versions that are named, and the names, came from."""
-        named = (record.source for record in self._records.values() if record.source is not None)
-        return frozenset((*named, *(version.source for version in self._versions.values())))
+        """Where the versions that are named, and the names, came from, and what is being loaded on any server."""
+        records = self._records.values()
+        named = (record.source for record in records if record.source is not None)
+        pending = (parse_pending(record.pending).source for record in records if record.pending is not None)
+        return frozenset((*named, *pending, *(version.source for version in self._versions.values())))
 
     def sources_of(self, version: AdapterVersion) -> tuple[str, ...]:
         """Where a version was loaded from, the places that are likelier to hold it still first."""

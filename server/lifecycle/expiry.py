@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from adapters.errors import AdapterNotFound
 from server.lifecycle.catalogue_errors import CatalogueConflict
 from server.lifecycle.catalogue_records import AdapterRecord
+from server.lifecycle.unloading import StillWanted
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ def is_over(record: AdapterRecord, now: float) -> bool:
 
 
 async def sweep_forever(records: Mapping[str, AdapterRecord], remove: Callable[[str], Awaitable[object]]) -> None:
+    """`remove` must look at the record again: its time may have been prolonged while others were taken away."""
     told: dict[str, str] = {}  # name → why it could not go, said once
     while True:
         await asyncio.sleep(SWEEP_SECONDS)
@@ -34,7 +36,7 @@ async def sweep_forever(records: Mapping[str, AdapterRecord], remove: Callable[[
             try:
                 await remove(name)
                 logger.info("adapter %s is taken away: its time is over", name)
-            except (AdapterNotFound, CatalogueConflict):
+            except (AdapterNotFound, CatalogueConflict, StillWanted):
                 pass  # somebody was faster, another server perhaps
             except Exception as error:  # the others must go all the same
                 if told.get(name) != str(error):

@@ -50,7 +50,15 @@ def scan_folder(root: Path, only: Iterable[str] | None = None) -> FolderScan:
 
 def _subfolders(folder: Path | str) -> list[str]:
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and _may_be_folder(entry))
+
+
+def _may_be_folder(entry: os.DirEntry[str]) -> bool:
+    """Also what cannot be told: looking into it says why."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return True
 
 
 def _adapters_in(root: str, name: str) -> dict[str, FoundAdapter]:

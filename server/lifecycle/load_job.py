@@ -41,6 +41,9 @@ class LoadJob:
     """
 
     wanted: WantedAdapter
+    pending: str | None = None  # what the record says of it; None: it says nothing
+    record_created_at: float | None = None  # of that record: one that was deleted and made anew is another's
+    is_foreign: bool = False  # another server took it on
     stage: LoadStage = LoadStage.FETCHING
     num_done: int = 0  # bytes fetched
     num_total: int | None = None

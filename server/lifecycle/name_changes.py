@@ -1,4 +1,4 @@
-"""Changes of a name that load nothing: its settings, and back to the version before. On the event loop, no HTTP."""
+"""What a name is set to: its settings, and back to the version before; loads nothing. On the event loop, no HTTP."""
 
 import logging
 from collections.abc import Sequence
@@ -26,6 +26,27 @@ class NameChanges:
         self._registry = registry
         self._loader = loader
         self._host = host
+
+    def asked(
+        self,
+        name: str,
+        source: str,
+        *,
+        load_inplace: bool = False,
+        pin: bool | None = None,
+        ttl: float | None = None,
+        priority: int | None = None,
+    ) -> WantedAdapter:
+        """What a caller of an API wants: a setting that is None stays as the name has it."""
+        known = self._directory.records.get(name) or AdapterRecord(name=name)
+        return WantedAdapter(
+            name=name,
+            source=source,
+            load_inplace=load_inplace,
+            pin=known.pin if pin is None else pin,
+            ttl=known.ttl if ttl is None else ttl,
+            priority=known.priority if priority is None else priority,
+        )
 
     async def change(
         self, name: str, *, pin: bool | None = None, ttl: float | None = None, priority: int | None = None

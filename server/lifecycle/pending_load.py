@@ -6,16 +6,25 @@ from dataclasses import asdict, replace
 from server.lifecycle.catalogue_records import AdapterRecord
 from server.lifecycle.control import WantedAdapter
 
+_BY = "by"
 
-def pending_text(wanted: WantedAdapter) -> str:
-    return json.dumps(asdict(wanted), sort_keys=True)
+
+def pending_text(wanted: WantedAdapter, server_id: str) -> str:
+    """`server_id` is of the server that took the load on: what it read may be out of another's reach."""
+    return json.dumps({**asdict(wanted), _BY: server_id}, sort_keys=True)
 
 
 def parse_pending(text: str) -> WantedAdapter:
-    return WantedAdapter(**json.loads(text))
+    return WantedAdapter(**{key: value for key, value in json.loads(text).items() if key != _BY})
 
 
-def announced(record: AdapterRecord | None, wanted: WantedAdapter) -> AdapterRecord:
+def accepted_by(text: str) -> str:
+    """The `server_id` of `pending_text`."""
+    server_id: str = json.loads(text)[_BY]
+    return server_id
+
+
+def announced(record: AdapterRecord | None, wanted: WantedAdapter, pending: str | None) -> AdapterRecord:
     """The record that says what is being loaded; of a new name, already with its settings."""
     if record is None:
         record = AdapterRecord(
@@ -25,4 +34,4 @@ def announced(record: AdapterRecord | None, wanted: WantedAdapter) -> AdapterRec
             priority=wanted.priority,
             managed_by=wanted.managed_by,
         )
-    return replace(record, pending=pending_text(wanted), failure=None)
+    return replace(record, pending=pending, failure=None)

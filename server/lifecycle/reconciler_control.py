@@ -1,5 +1,6 @@
 """What reconcilers ask of the adapters (control.AdapterControl), in terms of what the service does anyway."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
@@ -8,9 +9,12 @@ from server.lifecycle.alias_service import AliasService
 from server.lifecycle.catalogue_records import AliasTarget
 from server.lifecycle.control import FILE_OWNER, FOLDER_OWNER, MISS_OWNER, START_OWNER, WantedAdapter
 from server.lifecycle.directory import AdapterDirectory
+from server.lifecycle.errors import NameConflict
 from server.lifecycle.load_job import LoadJob
 from server.lifecycle.name_changes import wanted_of
 from server.lifecycle.unloading import Unloaded
+
+logger = logging.getLogger(__name__)
 
 
 class ReconcilerControl(ABC):
@@ -45,6 +49,10 @@ class ReconcilerControl(ABC):
         records = [record for record in self.directory.records.values() if record.managed_by == owner]
         return {record.name: wanted_of(record) for record in records if record.source is not None}
 
+    def wanted(self, name: str) -> WantedAdapter | None:
+        record = self.directory.records.get(name)
+        return None if record is None or record.source is None else wanted_of(record)
+
     def owner_of(self, name: str) -> str | None:
         record = self.directory.records.get(name) or self.directory.aliases.get(name)
         return None if record is None else record.managed_by
@@ -52,4 +60,7 @@ class ReconcilerControl(ABC):
     async def forget_start(self, names: Sequence[str]) -> None:
         """Take away what an earlier start's command line named and this one's does not."""
         for name in self.managed(START_OWNER).keys() - set(names):
-            await self.unload(name)
+            try:
+                await self.unload(name)
+            except NameConflict as error:  # no reason not to start: it can only be mended on a server that runs
+                logger.warning("%s is not named any more and stays: %s", name, error)

@@ -2,12 +2,14 @@
 
     catalogue.db   names, versions, aliases        versions/   prepared weights
     uploads/       what was sent over HTTP         staging/    downloads under way
+    server-id      what its server is known as to others on the same database
 
 Knows where each part lies, and nothing of what is in it.
 """
 
 import shutil
 import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +47,16 @@ class StateFolder:
     @property
     def folder_memory(self) -> Path:
         return self.path / "adapter-dir.json"
+
+    def server_id(self) -> str:
+        """What this folder's server is known as, made at the first call. Raises OSError."""
+        path = self.path / "server-id"
+        try:
+            with path.open("x") as file:
+                file.write(uuid.uuid4().hex)
+        except FileExistsError:
+            pass
+        return path.read_text()
 
     def close(self) -> None:
         """Removes a temporary one."""

@@ -1,7 +1,7 @@
 """Takes a name away: its load ends, the record goes, requests end in their time, and what was held is freed."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +14,17 @@ from server.lifecycle.adapter_loader import AdapterLoader
 from server.lifecycle.catalogue_records import AdapterRecord
 from server.lifecycle.directory import AdapterDirectory
 from server.lifecycle.errors import NameConflict
-from server.lifecycle.pending_load import parse_pending
 from server.lifecycle.version_keeper import Freed, VersionKeeper
 
 _REVOKED_SECONDS = 10.0  # for requests that were told to end to do so
 _LOOK_SECONDS = 0.02
+
+
+OnlyIf = Callable[[AdapterRecord], bool]
+
+
+class StillWanted(Exception):
+    """The name is not to be taken away after all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,14 +56,19 @@ class Unloading:
         self._loader = loader
         self._keeper = keeper
 
-    async def unload(self, name: str, *, abort: bool, deadline: float | None) -> Unloaded:
-        """See AdapterService.unload."""
-        self._record(name)
+    async def unload(
+        self, name: str, *, abort: bool, deadline: float | None, only_if: OnlyIf = lambda record: True
+    ) -> Unloaded:
+        """See AdapterService.unload. Raises StillWanted when the record is not, or is no longer, one that `only_if`
+        means.
+        """
+        if not only_if(self._record(name)):
+            raise StillWanted(name)
         self._refuse_aliased(name)  # before its load is ended, which would be a change
         await self._loader.cancel(name)
         with ExitStack() as notes:
             try:
-                ref, leases, noted = await self._take_away(name, notes)
+                ref, leases, noted = await self._take_away(name, notes, only_if)
             except BaseException:
                 self._resume(name)
                 raise
@@ -67,26 +78,32 @@ class Unloading:
         is_draining = any(lease.is_open for lease in leases)
         return Unloaded(name=name, ref=ref, is_draining=is_draining, freed=max(noted, default=Freed()))
 
-    async def _take_away(self, name: str, notes: ExitStack) -> tuple[AdapterRef | None, list[Lease], list[Freed]]:
+    async def _take_away(
+        self, name: str, notes: ExitStack, only_if: OnlyIf
+    ) -> tuple[AdapterRef | None, list[Lease], list[Freed]]:
         """What the name stood for, who came by it and is not done, and where it is noted what is freed."""
         async with self._loader.name_lock(name), self._directory.linking:
-            return await self._directory.retried(lambda: self._delete(name, notes))
+            return await self._directory.retried(lambda: self._delete(name, notes, only_if))
 
-    async def _delete(self, name: str, notes: ExitStack) -> tuple[AdapterRef | None, list[Lease], list[Freed]]:
+    async def _delete(
+        self, name: str, notes: ExitStack, only_if: OnlyIf
+    ) -> tuple[AdapterRef | None, list[Lease], list[Freed]]:
         record = self._record(name)
+        if not only_if(record):
+            raise StillWanted(name)
         self._refuse_aliased(name)
         ref = self._directory.current(name)
-        held = (lease for version in record.named_versions for lease in self._registry.leases(version))
-        leases = [lease for lease in held if lease.ref.name == name]
         noted = notes.enter_context(self._keeper.noting(record.version))
         await self._directory.delete(record)
+        held = (lease for version in record.named_versions for lease in self._registry.leases(version))
+        leases = [lease for lease in held if lease.ref.name == name]  # all there are: the name is gone
         return ref, leases, noted
 
     def _resume(self, name: str) -> None:
         """The name stays after all, so its load goes on."""
         record = self._directory.records.get(name)
-        if record is not None and record.pending is not None and name not in self._loader.jobs:
-            self._loader.resume(parse_pending(record.pending))
+        if record is not None and name not in self._loader.jobs:
+            self._loader.resume(record)
 
     def _record(self, name: str) -> AdapterRecord:
         record = self._directory.records.get(name)

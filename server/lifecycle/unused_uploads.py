@@ -24,6 +24,8 @@ async def sweep_uploads(uploads: UploadStore, used: Callable[[], Collection[str]
             unused = await sweep_once(uploads, used, unused)
         except AdapterError as error:
             logger.warning("unused uploads could not be removed: %s", error)
+        except Exception:  # whatever it is, those of later must go all the same
+            logger.exception("unused uploads could not be removed")
 
 
 async def sweep_once(uploads: UploadStore, used: Callable[[], Collection[str]], unused: Unused) -> Unused:

@@ -30,6 +30,9 @@ async def sweep_versions(
         except AdapterError as error:
             logger.warning("unused versions could not be looked for: %s", error)
             continue
+        except Exception:  # whatever it is, those of later must go all the same
+            logger.exception("unused versions could not be looked for")
+            continue
         now_unused = frozenset(version for version in found if not is_held(version))
         for version in unused & now_unused:
             give_up(version)

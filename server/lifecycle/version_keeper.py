@@ -5,7 +5,7 @@ Knows who holds a version from the registry, and nothing of names' records, requ
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ from adapters.adapter_ref import AdapterVersion
 from adapters.registry import AdapterRegistry
 from adapters.version_store import VersionStore
 from server.errors import ServerError
+from server.lifecycle.catalogue_errors import CatalogueError
 from server.lifecycle.host_tier import HostTier
 from server.lifecycle.version_locks import VersionLocks
 
@@ -27,7 +28,7 @@ class Freed:
 
 class VersionKeeper:
     """`is_wanted` says whether requests may come for a version, `device_bytes_of` what it takes in the device's pools
-    now.
+    now; `refresh` takes over what other servers did.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class VersionKeeper:
         locks: VersionLocks,
         *,
         device_bytes_of: Callable[[AdapterVersion], int],
+        refresh: Callable[[], Awaitable[None]],
     ) -> None:
         self._registry = registry
         self._is_wanted = is_wanted
@@ -46,6 +48,7 @@ class VersionKeeper:
         self._store = store
         self._locks = locks
         self._device_bytes_of = device_bytes_of
+        self._refresh = refresh
         self._tasks: dict[AdapterVersion, asyncio.Task[Freed]] = {}
         self._again: set[AdapterVersion] = set()  # reviewed while they were being freed
         self._notes: list[tuple[AdapterVersion | None, list[Freed]]] = []
@@ -89,9 +92,19 @@ class VersionKeeper:
     async def _free(self, version: AdapterVersion, device_bytes: int) -> Freed:
         async with self._locks.of(version):
             freed = await self._leave_memory(version, device_bytes) if self._is_needless(version) else Freed()
-            if not self._registry.is_held(version):
+            if not await self._is_held_anywhere(version):
                 await asyncio.to_thread(self._store.remove, version)
             return freed
+
+    async def _is_held_anywhere(self, version: AdapterVersion) -> bool:
+        """Also by a name that another server on the same database gave it just now."""
+        if not self._registry.is_held(version):
+            try:
+                await self._refresh()
+            except CatalogueError as error:
+                logger.info("version %s stays on disk for now: %s", version[:12], error)
+                return True
+        return self._registry.is_held(version)
 
     async def _leave_memory(self, version: AdapterVersion, device_bytes: int) -> Freed:
         try:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from http import HTTPStatus
 
 from adapters.errors import AdapterError, AdapterNotFound
-from adapters.registry import check_adapter_name
 from adapters.untrusted_json import shown
 from server.errors import QueueFull
 from server.lifecycle.adapter_loader import AdapterLoader
@@ -25,7 +24,9 @@ _MAX_LOOKUPS = 64  # under way at once: a flood of names must not queue up for t
 
 
 class WaitingForNames:
-    """`template` None: only what is registered or being loaded is found."""
+    """`template` None: only what is registered or being loaded is found. `check_name` raises AdapterError for a name
+    that no adapter may have here.
+    """
 
     def __init__(
         self,
@@ -33,12 +34,14 @@ class WaitingForNames:
         records: Mapping[str, AdapterRecord],
         template: SourceTemplate | None,
         *,
+        check_name: Callable[[str], None],
         timeout: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._loader = loader
         self._records = records
         self._template = template
+        self._check_name = check_name
         self._timeout = timeout
         self._clock = clock
         self._misses: dict[str, float] = {}  # name → until when it is not asked for again
@@ -73,7 +76,7 @@ class WaitingForNames:
         if self._template is None or name in self._records or self._clock() < self._misses.get(name, 0.0):
             return None
         try:
-            check_adapter_name(name)
+            self._check_name(name)
             source = self._template.source_for(name)
             if source is None:
                 return None

@@ -88,8 +88,8 @@ class WatchedFolder:
         """Settings that an operator gave the name meanwhile (pin, ttl, priority) stay."""
         check_adapter_name(name)
         wanted = WantedAdapter(name=name, source=self._source(name), managed_by=FOLDER_OWNER)
-        known = self._control.managed(FOLDER_OWNER).get(name)
-        if known is not None:
+        known = self._control.wanted(name)
+        if known is not None and known.managed_by == FOLDER_OWNER:
             wanted = replace(known, source=wanted.source, load_inplace=True, managed_by=FOLDER_OWNER)
         await self._control.apply(wanted)
 

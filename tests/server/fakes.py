@@ -98,6 +98,10 @@ class FakeAdapterEngine:
         self.dead: ServerError | None = None
         self._inbox = asyncio.Lock()  # hands itself on in the order of asking
 
+    @property
+    def is_healthy(self) -> bool:
+        return self.dead is None
+
     async def load_adapter(self, model: LoRAModel) -> None:
         async with self._inbox:
             await asyncio.sleep(0)

@@ -79,6 +79,7 @@ class _FakeLoader:
 
     def __init__(self) -> None:
         self.asked: list[object] = []
+        self.owners: dict[str, str] = {}
 
     async def apply(self, wanted: WantedAdapter) -> None:
         if wanted.name == "bad":
@@ -89,12 +90,24 @@ class _FakeLoader:
     async def forget_start(self, names: Sequence[str]) -> None:
         self.asked.append(list(names))
 
+    def owner_of(self, name: str) -> str | None:
+        return self.owners.get(name)
+
 
 @pytest.mark.asyncio
 async def test_adapters_are_loaded_in_the_order_named_and_those_of_an_earlier_start_forgotten() -> None:
     loader = _FakeLoader()
     await load_adapters(loader, [("b", Path("/b")), ("a", Path("/a"))])
     assert loader.asked == [("b", "/b"), ("a", "/a"), ["b", "a"]]
+
+
+@pytest.mark.asyncio
+async def test_a_sample_leaves_a_name_to_who_has_it_and_a_named_adapter_does_not() -> None:
+    loader = _FakeLoader()
+    loader.owners = {"sql": "api", "json": START_OWNER, "mine": "api"}
+    modules = [(name, Path(f"/{name}")) for name in ("sql", "json", "pirate", "mine")]
+    await load_adapters(loader, modules, samples={"sql", "json", "pirate"})
+    assert loader.asked[:-1] == [("json", "/json"), ("pirate", "/pirate"), ("mine", "/mine")]
 
 
 @pytest.mark.asyncio

@@ -119,7 +119,8 @@ class UploadStore:
 
     def ids(self) -> frozenset[str]:
         """Blocks."""
-        return frozenset(path.name for path in self._folder.iterdir() if _ID.fullmatch(path.name))
+        with storage_errors():
+            return frozenset(path.name for path in self._folder.iterdir() if _ID.fullmatch(path.name))
 
     def received(self) -> Mapping[str, int]:
         """Id → when it was last received, as a mark that changes when it is received again. Blocks."""

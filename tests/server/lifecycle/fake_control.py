@@ -39,6 +39,9 @@ class FakeControl:
     def managed(self, owner: str) -> Mapping[str, WantedAdapter]:
         return {name: wanted for name, wanted in self.records.items() if wanted.managed_by == owner}
 
+    def wanted(self, name: str) -> WantedAdapter | None:
+        return self.records.get(name)
+
     def owner_of(self, name: str) -> str | None:
         if name in self.records:
             return self.records[name].managed_by

@@ -82,6 +82,7 @@ async def serving(
         base_names=["base"],
         limits=limits or LoRALimits(cpu_lora_memory=1 << 18),
         uploads=uploads,
+        server_id=state.server_id(),
     )
     try:
         await service.start()

@@ -20,9 +20,10 @@ from adapters.errors import (
     AdapterNotFound,
     AdapterRefused,
 )
-from server.config import LoRALimits
+from server.config import AdapterConfig, LoRALimits
 from server.engine.request import EngineStats
 from server.errors import ModelNotFound, Unavailable
+from server.lifecycle.assembly import allowed_roots
 from server.lifecycle.errors import AdapterLoadCancelled
 from server.lifecycle.sources.errors import AdapterSourceNotAllowed
 from tests.adapters.hostile import write_config
@@ -265,6 +266,7 @@ async def test_what_never_fits_leaves_the_old_version_serving(tmp_path: Path) ->
         lease = world.lease("sql")
         with pytest.raises(AdapterCapacity, match="restart with a larger --cpu-lora-memory"):
             await world.service.load("sql", adapter(tmp_path / "b", seed=1, r=5), load_inplace=True)
+        await world.service.keeper.settle()
         assert world.service.registry.describe("sql").ref == old and world.on_disk() == {old.version}
         lease.release()
         other = await world.load("other", adapter(tmp_path / "c", seed=2))
@@ -369,6 +371,13 @@ async def test_allowed_roots(tmp_path: Path) -> None:
         assert world.reader.num_reads == 0
         await world.service.load("sql", inside)
         await world.service.unload("sql")
+
+
+def test_what_the_command_line_names_is_allowed(tmp_path: Path) -> None:
+    """Samples and --lora-modules lie where they lie, also with --allowed-roots."""
+    config = AdapterConfig(allowed_roots=(Path("/srv"),), adapter_dir=Path("/watched"))
+    assert allowed_roots(config, [Path("/mine")]) == (Path("/srv"), Path("/watched"), Path("/mine"))
+    assert allowed_roots(AdapterConfig(), [Path("/mine")]) == (), "any folder"
 
 
 @pytest.mark.asyncio

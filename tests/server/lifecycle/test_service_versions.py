@@ -1,6 +1,7 @@
 """A name through its versions: replaced under leases, kept, asked for by digits, rolled back, shared, pinned, over."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -106,6 +107,37 @@ async def test_a_version_that_an_alias_asks_for_is_kept_beyond_the_number(world:
     assert await world.use("golden") == versions[0]
 
 
+@pytest.mark.asyncio
+@pytest.mark.parametrize("first", ["put_alias", "put_adapter"])
+async def test_an_alias_made_while_a_replacement_is_written(tmp_path: Path, first: str) -> None:
+    """Whichever the catalogue gets first, both were worked out before either was written."""
+    async with service_world(tmp_path / "state", keep_versions=0) as world:
+        (old,) = await replaced(world, tmp_path, 1)
+        written, gate = world.catalogue.calls, threading.Event()
+        world.catalogue.on_write = lambda: gate.wait(60)
+        new = adapter(tmp_path / "new", seed=1)
+        wanted = WantedAdapter(name="sql", source=new, load_inplace=True, managed_by=START_OWNER)  # one write
+        changes = {
+            "put_alias": lambda: world.service.put_alias("golden", [AliasTarget(adapter="sql", version=old)]),  # type: ignore[arg-type]
+            "put_adapter": lambda: world.service.apply(wanted),
+        }
+        num_before = len(written)
+        one = asyncio.create_task(changes.pop(first)())
+        await until(lambda: written[num_before:] == [first])
+        waiting = world.service.directory._thread._work_queue
+        (change,) = changes.values()
+        other = asyncio.create_task(change())
+        await until(lambda: not waiting.empty())
+        gate.set()
+        ends = await asyncio.gather(one, other, return_exceptions=True)
+        if first == "put_alias":
+            assert not any(isinstance(end, BaseException) for end in ends), ends
+            assert world.record("sql").previous == (old,) and await world.use("golden") == old
+        else:
+            assert isinstance(ends[1], AdapterNotFound) and "golden" not in world.service.directory.aliases
+            assert world.record("sql").previous == ()
+
+
 # Shared.
 
 
@@ -199,9 +231,8 @@ async def test_a_version_has_the_settings_of_the_names_that_stand_for_it_now(
     assert is_pinned(world, old) and not is_pinned(world, new), "a replaced version is not pinned, though in use"
     lease.release()
     await world.load("sql", adapter(tmp_path / "third", seed=7), load_inplace=True)
-    assert not world.record("sql").pin and not is_pinned(world, old)
-    await world.service.changes.change("sql", pin=True)
     third = world.record("sql").version
+    assert third is not None and is_pinned(world, third) and not is_pinned(world, old)
     await world.load("other", str(tmp_path / "third"))
     await world.service.unload("sql")
     assert third is not None and third in world.held() and not is_pinned(world, third), "who pinned it is gone"

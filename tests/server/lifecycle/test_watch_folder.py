@@ -437,3 +437,12 @@ async def test_thousands_of_folders_are_scanned_fast(root: Path) -> None:
         took.append(time.monotonic() - began)
     print(f"{min(took) * 1e6 / 2000:.0f} us a folder")
     assert min(took) < 2.0
+
+
+async def test_a_link_that_leads_in_a_circle_stops_nothing_else(root: Path) -> None:
+    control = FakeControl()
+    (root / "circle").symlink_to(root / "circle")
+    _write(root / "a")
+    async with running(_watched(root, control)):
+        await until(lambda: set(control.records) == {"a"})
+    assert "circle" in scan_folder(root).unknown

@@ -81,7 +81,8 @@ class AdapterClient:
         return self._send_pieces("/v1/adapters/upload" + _encoded(query), upload.pieces(sent), headers)
 
     def unload(self, name: str, *, mode: str | None = None, deadline: float | None = None) -> Reply:
-        return self._call("DELETE", _adapter(name), query={"mode": mode, "deadline": deadline})
+        query: Query = {"mode": mode, "deadline": deadline}
+        return self._call("DELETE", _adapter(name), query=query, timeout=_TIMEOUT_SECONDS + (deadline or 0.0))
 
     def change(self, name: str, settings: AdapterSettings) -> dict[str, Any]:
         return self._call("PATCH", _adapter(name), settings.given()).body
@@ -114,10 +115,18 @@ class AdapterClient:
                 if event == "adapter":
                     yield json.loads(data)
 
-    def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None, query: Query | None = None) -> Reply:
+    def _call(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        query: Query | None = None,
+        *,
+        timeout: float = _TIMEOUT_SECONDS,
+    ) -> Reply:
         data = None if body is None else json.dumps(body).encode()
         request = self._request(method, path + _encoded(query or {}), data, _JSON)
-        with self._failures_told(), urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as reply:
+        with self._failures_told(), urllib.request.urlopen(request, timeout=timeout) as reply:
             return Reply(reply.status, json.loads(reply.read() or b"{}"))
 
     def _request(
@@ -161,6 +170,8 @@ class AdapterClient:
             raise ServerSaidNo(why, error.code) from error
         except (OSError, ValueError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", error)
+            if isinstance(cause, TimeoutError):
+                raise ServerSaidNo(f"{self.url} did not answer in time; it may still do what it was asked") from error
             raise ServerSaidNo(f"no server answers at {self.url} ({cause}); start one, or set --url") from error
 
 

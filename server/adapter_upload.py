@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 _PIECE_BYTES = 1024**2
@@ -69,10 +70,17 @@ def _part(path: Path, boundary: str, *, is_first: bool) -> _Part:
 def _contents(part: _Part) -> Iterator[bytes]:
     """As many bytes as the file had when the length of the body was told."""
     left = part.num_bytes
-    with part.path.open("rb") as file:
+    with _opened(part.path) as file:
         while left:
             piece = file.read(min(left, _PIECE_BYTES))
             if not piece:
                 raise UploadImpossible(f"{part.path} became shorter while it was sent; send it again")
             left -= len(piece)
             yield piece
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UploadImpossible(f"{path} cannot be read: {error.strerror}") from error

@@ -18,21 +18,24 @@ class AdapterStream:
     def __init__(self, view: AdapterView) -> None:
         self._view = view
         self._named: dict[str, str | None] = {}  # name → its version, as it was told last
-        self._draining: dict[str, frozenset[AdapterVersion]] = {}
+        self._draining: dict[AdapterVersion, str] = {}  # → the name it was told with
 
     def first(self, adapter: AdapterDescription) -> dict[str, Any]:
         """One of all those that there are when the reader comes."""
         described = adapter.to_dict()
         if adapter.state is AdapterState.DRAINING and adapter.info is not None:
-            version = adapter.info.ref.version
-            self._draining[adapter.name] = self._draining.get(adapter.name, frozenset()) | {version}
+            self._draining[adapter.info.ref.version] = adapter.name
         else:
             self._named[adapter.name] = described["version"]
         return described
 
     def changed(self, name: str) -> Iterator[dict[str, Any]]:
-        """Nothing of an alias, or of a name that came and went unseen."""
-        draining = {info.ref.version: each for each in self._view.draining(name) if (info := each.info) is not None}
+        """Nothing of an alias, or of a name that came and went unseen. What ended comes first, so that a name that has
+        its version again is not told to be gone.
+        """
+        draining = {info.ref.version: each for each in self._view.draining() if (info := each.info) is not None}
+        for version in [version for version in self._draining if version not in draining]:
+            yield unloaded(self._draining.pop(version), version)
         try:
             described = self._view.describe(name).to_dict()
             self._named[name] = described["version"]
@@ -40,11 +43,7 @@ class AdapterStream:
         except AdapterNotFound:
             if name in self._named and self._named.pop(name) not in draining:
                 yield unloaded(name)
-        told = self._draining.pop(name, frozenset())
         for version, each in draining.items():
-            if version not in told:
+            if each.name == name and version not in self._draining:
+                self._draining[version] = name
                 yield each.to_dict()
-        for version in sorted(told - draining.keys()):
-            yield unloaded(name, version)
-        if draining:
-            self._draining[name] = frozenset(draining)

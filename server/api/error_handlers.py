@@ -48,6 +48,11 @@ def adapter_error_body(error: AdapterError, *, error_type: str | None = None) ->
     return body
 
 
+def adapter_error_headers(error: AdapterError) -> Mapping[str, str]:
+    retry_after = getattr(error, "retry_after", None)  # seconds; of errors that may pass
+    return {} if retry_after is None else {"retry-after": str(retry_after)}
+
+
 def error_response(request: Request, error: ServerError) -> JSONResponse:
     headers = {**_STATUS_HEADERS.get(error.status, {})}
     if error.retry_after is not None:
@@ -107,9 +112,7 @@ async def _on_server_error(request: Request, error: Exception) -> Response:
 
 async def _on_adapter_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, AdapterError)
-    retry_after = getattr(error, "retry_after", None)  # seconds; of errors that may pass
-    headers = {} if retry_after is None else {"retry-after": str(retry_after)}
-    return _reply(request, error.status, adapter_error_body(error), headers)
+    return _reply(request, error.status, adapter_error_body(error), adapter_error_headers(error))
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:

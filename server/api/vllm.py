@@ -5,6 +5,7 @@ Two differences. The same bytes under the same name again answer 200, and what c
 code, not 500. Errors carry `message` at the top level too, where older callers look for it.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import Depends
@@ -15,13 +16,13 @@ from adapters.errors import AdapterAlreadyLoaded, AdapterError, AdapterNotFound
 from server.api.adapters import MAX_SOURCE_CHARS, AdminFields
 from server.api.auth import Role, role_router
 from server.api.context import ServerContext, server_context
-from server.api.error_handlers import adapter_error_body, error_body, error_reply
+from server.api.error_handlers import adapter_error_body, adapter_error_headers, error_body, error_reply
 
 router = role_router(Role.ADMIN)
 
 Context = Annotated[ServerContext, Depends(server_context)]
 
-_INVALID, _NOT_FOUND = "InvalidUserInput", "NotFoundError"
+_INVALID, _NOT_FOUND, _SERVER = "InvalidUserInput", "NotFoundError", "InternalServerError"
 
 
 class LoadLoRAAdapterRequest(AdminFields):
@@ -79,7 +80,8 @@ def _load_failed(context: ServerContext, name: str, error: AdapterError) -> Resp
 
 
 def _adapter_error(context: ServerContext, error: AdapterError) -> Response:
-    return _reply(context, error.status, adapter_error_body(error, error_type=_error_type(error.status)))
+    body = adapter_error_body(error, error_type=_error_type(error.status))
+    return _reply(context, error.status, body, adapter_error_headers(error))
 
 
 def _error(context: ServerContext, status: int, message: str, *, code: str | None = None) -> Response:
@@ -87,8 +89,12 @@ def _error(context: ServerContext, status: int, message: str, *, code: str | Non
 
 
 def _error_type(status: int) -> str:
+    if status >= 500:
+        return _SERVER
     return _NOT_FOUND if status == 404 else _INVALID
 
 
-def _reply(context: ServerContext, status: int, body: dict[str, Any]) -> Response:
-    return error_reply(context.metrics, status, {**body, "message": body["error"]["message"]})
+def _reply(
+    context: ServerContext, status: int, body: dict[str, Any], headers: Mapping[str, str] | None = None
+) -> Response:
+    return error_reply(context.metrics, status, {**body, "message": body["error"]["message"]}, headers)

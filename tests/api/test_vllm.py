@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from server.lifecycle.sources.errors import AdapterSourceUnreachable
 from tests.adapters.hostile import write_config
 from tests.api.adapter_world import AdapterWorld, adapter_world
 
@@ -87,3 +88,19 @@ async def test_refusal_is_400_with_its_parts(tmp_path: Path) -> None:
         assert body["error"]["code"].startswith("adapter_")
         assert body["error"].keys() >= {"feature", "tensor", "why", "fix"}
         assert "x" not in world.service.registry
+
+
+@pytest.mark.asyncio
+async def test_what_is_the_servers_fault_says_so_and_when_to_come_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with adapter_world(tmp_path) as world:
+
+        async def away(name: str, source: str, **_: object) -> None:
+            raise AdapterSourceUnreachable(f"{source} cannot be read")
+
+        monkeypatch.setattr(world.service, "load", away)
+        body = {"lora_name": "sql", "lora_path": "hf://org/sql"}
+        reply = await world.client.post("/v1/load_lora_adapter", json=body)
+        assert (reply.status_code, reply.headers["retry-after"]) == (503, "10")
+        assert reply.json()["error"]["type"] == "InternalServerError"

@@ -90,6 +90,33 @@ async def test_a_version_that_drains_is_told_of_until_it_has_ended(tmp_path: Pat
             assert await watch.next() == unloaded("sql", new)
 
 
+async def test_a_version_that_gets_a_name_again_is_not_told_to_be_gone_after_it(tmp_path: Path) -> None:
+    async with adapter_world(tmp_path) as world:
+        await load(world, "sql", world.adapter("a"))
+        async with watching(world) as watch:
+            await watch.until_state("sql", "ready")
+            lease = world.service.acquire("sql")
+            assert lease is not None
+            await world.client.delete("/v1/adapters/sql")
+            old = (await watch.until_state("sql", "draining"))["version"]
+            await load(world, "other", world.adapter("a"))
+            assert await watch.until_state("sql", "unloaded") == unloaded("sql", old)
+            assert (await watch.until_state("other", "ready"))["version"] == old
+            await load(world, "sql", world.adapter("a"))
+            lease.release()
+            assert (await watch.until_state("sql", "ready"))["version"] == old
+
+
+async def test_the_stream_ends_with_the_server(tmp_path: Path) -> None:
+    async with adapter_world(tmp_path) as world:
+        await load(world, "sql", world.adapter("a"))
+        watch = Watch(world)
+        await watch.until_state("sql", "ready")
+        world.service.events.end()
+        await until(lambda: world.service.events.num_readers == 0)
+        await watch.leave()
+
+
 def unloaded(name: str, version: str | None) -> dict[str, Any]:
     return {"object": "adapter", "name": name, "version": version, "state": "unloaded"}
 

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -438,3 +439,19 @@ def test_a_failure_is_told_in_whatever_form_it_comes(failure: object, text: str 
 def test_the_commands_start_without_torch() -> None:
     code = "import sys, server.cli, server.cli_adapters; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_file_that_cannot_be_sent_is_named(url: str, tmp_path: Path, capsys: Capture) -> None:
+    folder = _folder(tmp_path / "a", b"x")
+    weights = folder / "adapter_model.safetensors"
+    weights.unlink()
+    weights.mkdir()
+    assert _run("upload", "a", str(folder)) == 1
+    assert f"{weights} cannot be read" in capsys.readouterr().err
+
+
+def test_a_server_that_takes_long_is_not_said_to_be_away() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = AdapterClient(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(ServerSaidNo, match="did not answer in time"):
+            client._call("GET", "/v1/adapters", timeout=0.05)

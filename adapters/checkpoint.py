@@ -184,15 +184,28 @@ def _read_modules(
     digest = hashlib.sha256()
     _feed(digest, [config.canonical()])
     modules = _empty_modules(pairs, dtype)
+    views = dict(modules)
     for stored, pair, scale in _in_order(pairs):
         name, data = stored.entry.name, stored.read()
         shape = ",".join(map(str, stored.entry.shape))
         _feed(digest, [name.encode(), stored.entry.dtype.encode(), shape.encode(), data])
-        ready = _prepare(stored.as_tensor(data), name, scale, dtype)
-        weights = modules[pair.module]
-        (weights.lora_a if scale is None else weights.lora_b).copy_(ready)
+        weights = views[pair.module]
+        (weights.lora_a if scale is None else weights.lora_b).copy_(_prepare(stored.as_tensor(data), scale, dtype))
+    if not modules.flat.abs().amax() < float("inf"):  # NaN is the greatest of all
+        _refuse_nonfinite(pairs, dtype)
     trim_heap()
     return AdapterVersion(digest.hexdigest()), modules
+
+
+def _refuse_nonfinite(pairs: Sequence[_Pair], dtype: torch.dtype) -> None:
+    """What is not finite as stored is not finite as computed with either, so all are looked at once, after the scaling;
+    only to tell which tensor it is and whether it was so before, each is read again.
+    """
+    for stored, _, scale in _in_order(pairs):
+        name, tensor = stored.entry.name, stored.as_tensor(stored.read())
+        _check_finite(tensor, name, f"as stored ({str(tensor.dtype).removeprefix('torch.')})")
+        ready = _prepare(tensor, scale, dtype)
+        _check_finite(ready, name, f"after scaling and casting to {str(dtype).removeprefix('torch.')}")
 
 
 def _in_order(pairs: Iterable[_Pair]) -> list[tuple[StoredTensor, _Pair, float | None]]:
@@ -217,13 +230,9 @@ def _feed(digest: "hashlib._Hash", parts: Iterable[bytes | bytearray]) -> None:
         digest.update(part)
 
 
-def _prepare(tensor: Tensor, name: str, scale: float | None, dtype: torch.dtype) -> Tensor:
+def _prepare(tensor: Tensor, scale: float | None, dtype: torch.dtype) -> Tensor:
     """A [r, in] is cast; B [out, r] becomes (scale · B)ᵀ [r, out], scaled in float32 and then cast."""
-    _check_finite(tensor, name, f"as stored ({str(tensor.dtype).removeprefix('torch.')})")
-    scaled = tensor if scale is None else (tensor.float() * scale).T
-    ready = scaled.to(dtype)
-    _check_finite(ready, name, f"after scaling and casting to {str(dtype).removeprefix('torch.')}")
-    return ready
+    return (tensor if scale is None else (tensor.float() * scale).T).to(dtype)
 
 
 def _check_finite(tensor: Tensor, name: str, when: str) -> None:

@@ -38,6 +38,8 @@ _FOREIGN: tuple[tuple[str, str, str, str], ...] = (
     ("lora_a", "format=mlx or torchtune", "lower-case lora_a is another layout and scale", "Export it to PEFT"),
     ("lora_b", "format=mlx or torchtune", "lower-case lora_b is another layout and scale", "Export it to PEFT"),
 )
+_MARKS = frozenset(mark for mark, *_ in _FOREIGN)
+_MARKED_BEGINNINGS = tuple(mark for mark in _MARKS if mark.endswith("_"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +100,8 @@ def _read_name(key: str, num_wrapped: int) -> tuple[TensorName, str]:
 
 def _refuse_foreign(key: str) -> None:
     parts = key.split(".")
-    for mark, feature, why, fix in _FOREIGN:
-        if any(part == mark or (mark.endswith("_") and part.startswith(mark)) for part in parts):
-            raise _unsupported(key, feature, why, fix)
+    if not _MARKS.isdisjoint(parts) or any(part.startswith(_MARKED_BEGINNINGS) for part in parts):
+        raise _foreign(key, parts)
     if "base_layer" in parts:
         if any(part.startswith("lora_") for part in parts):
             raise _unsupported(key, "target_parameters", "LoRA on fused experts is not served", "Target linears only")
@@ -109,6 +110,14 @@ def _refuse_foreign(key: str) -> None:
     if parts[-1] in ("weight", "bias") and not any(part.startswith("lora") for part in parts):
         why = "the file carries a whole weight that replaces one of the base"
         raise _unsupported(key, "modules_to_save", why, "Train with modules_to_save=None and bias='none'")
+
+
+def _foreign(key: str, parts: Sequence[str]) -> AdapterRefused:
+    """For the first of the marks that the name has."""
+    for mark, feature, why, fix in _FOREIGN:
+        if any(part == mark or (mark.endswith("_") and part.startswith(mark)) for part in parts):
+            return _unsupported(key, feature, why, fix)
+    return _unreadable(key)
 
 
 def _unsupported(key: str, feature: str, why: str, fix: str) -> AdapterRefused:

@@ -18,18 +18,23 @@ ETA_ROWS = (8, 32)  # rows of a decode step, each with an adapter of its own
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requirement:
-    """`value` None: not measured in this run. `bound` is the least, or with `at_most` the most."""
+    """`value` None: not measured in this run. `bound` is the least, or with `at_most` the most. `fell_short`: what the
+    value was to be measured under was not reached, so it is missed, whatever the value.
+    """
 
     what: str
     bound: float
     value: float | None
     at_most: bool = False
     note: str = ""
+    fell_short: bool = False
 
     @property
     def held(self) -> bool | None:
         if self.value is None:
             return None
+        if self.fell_short:
+            return False
         return self.value <= self.bound if self.at_most else self.value >= self.bound
 
 

@@ -8,9 +8,10 @@ import itertools
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
 
@@ -36,9 +37,9 @@ class Asker:
         self._session = session
         self._random = random.Random(seed)
 
-    async def ask(self, model: str, max_tokens: int) -> Answer:
+    async def ask(self, model: str, max_tokens: int, *, prompt_tokens: int = PROMPT_TOKENS) -> Answer:
         """Stream one greedy completion. Raises LoadTestFailed."""
-        prompt = [self._random.randrange(_LOWEST_ID, _HIGHEST_ID) for _ in range(PROMPT_TOKENS)]
+        prompt = [self._random.randrange(_LOWEST_ID, _HIGHEST_ID) for _ in range(prompt_tokens)]
         body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
         sent, arrivals = time.monotonic(), list[float]()
         async with self._session.post("/v1/completions", json={**body, "stream": True}) as reply:
@@ -95,27 +96,27 @@ async def asker(url: str, seed: int = 0) -> AsyncIterator[Asker]:
 
 
 @asynccontextmanager
-async def loading(one: Asker, rate: float, sources: Sequence[str]) -> AsyncIterator[None]:
-    """Replace adapters beside what is done meanwhile, `rate` a second, each by other bytes than it had.
+async def repeating(begin: Callable[[int], Coroutine[Any, Any, object]], rate: float) -> AsyncIterator[None]:
+    """Begin one more beside what is done meanwhile, `rate` times a second, whether or not those before are done.
 
-    What still waits at the end of the block is seen done, so read counts inside it. Raises LoadTestFailed when a load
+    What still waits at the end of the block is seen done, so read counts inside it. Raises LoadTestFailed when one
     failed.
     """
 
-    def ended(task: asyncio.Task[None]) -> None:
+    def ended(task: asyncio.Task[Any]) -> None:
         waiting.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             failures.append(error)
 
-    async def load_for_ever() -> None:
+    async def for_ever() -> None:
         began = asyncio.get_running_loop().time()
         for number in itertools.count():
             await asyncio.sleep(began + number / rate - asyncio.get_running_loop().time())
-            waiting.add(task := asyncio.create_task(one.load(f"beside{number % 4}", sources[number % len(sources)])))
+            waiting.add(task := asyncio.create_task(begin(number)))
             task.add_done_callback(ended)
 
-    waiting, failures = set[asyncio.Task[None]](), list[BaseException]()
-    ordering = asyncio.create_task(load_for_ever())
+    waiting, failures = set[asyncio.Task[Any]](), list[BaseException]()
+    ordering = asyncio.create_task(for_ever())
     ordering.add_done_callback(ended)
     try:
         yield
@@ -123,4 +124,6 @@ async def loading(one: Asker, rate: float, sources: Sequence[str]) -> AsyncItera
         ordering.cancel()
         await asyncio.gather(ordering, *waiting, return_exceptions=True)
     if failures:
-        raise LoadTestFailed(f"{len(failures)} loads beside the traffic failed, first {failures[0]}") from failures[0]
+        raise LoadTestFailed(f"{len(failures)} of those beside the traffic failed, first {failures[0]}") from failures[
+            0
+        ]

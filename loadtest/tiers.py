@@ -1,4 +1,4 @@
-"""What adapters on disk, in host memory and on the device cost: five figures, each a ratio of two sides of one run.
+"""What adapters on disk, in host memory and on the device cost: six figures, each a ratio of two sides of one run.
 
 Knows how each is measured and its bound; nothing of tables. Every figure proves from the server's metrics that what it
 compares took place.
@@ -8,7 +8,6 @@ import asyncio
 import os
 import random
 import statistics
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from loadtest.peers_requirements import Requirement
 from loadtest.peers_weights import Weights, base_folder
 from loadtest.peft_adapters import write_adapter
 from loadtest.popularity import parse_popularity
-from loadtest.tier_requests import Answer, Asker, asker, loading
+from loadtest.tier_requests import Asker, asker
+from loadtest.tiers_beside import cold_loads_beside, loads_beside
 
 Measure = Callable[[str], Coroutine[Any, Any, Requirement]]
 """Takes a figure from the server at a URL."""
@@ -31,7 +31,6 @@ Measure = Callable[[str], Coroutine[Any, Any, Requirement]]
 _ROOM = 16  # adapters on the device, where it is short
 _REQUESTS = 128  # of a round
 _MIXED_RANKS = (8, 16, 32, 64)
-_LOADS_A_SECOND = 10
 _MEAN_CHURN_RANK = 16  # what `pool_bytes` counts an adapter as
 
 
@@ -73,29 +72,16 @@ class Tiers:
         return self._on("cold", measure, "--max-cpu-loras", "1", "--state-dir", str(state))
 
     def loads_beside(self) -> Requirement:
-        """Eight streams of eight adapters, alone and while others are replaced."""
+        """Eight streams of eight adapters, alone and while others are loaded over HTTP."""
+        folders = self._weights.peft_adapters(8 + 40)
+        return self._on("beside", lambda url: loads_beside(url, folders, self._rounds))
 
-        async def measure(url: str) -> Requirement:
-            folders = self._weights.peft_adapters(8 + 40)
-            names, others = [folder.name for folder in folders[:8]], [str(folder) for folder in folders[8:]]
-            alone, beside, load_rates = list[float](), list[float](), list[float]()
-            async with asker(url) as one:
-                await one.load_all((folder.name, str(folder)) for folder in folders[:8])
-                await one.together(names, 8, 16)
-                for _ in range(self._rounds):
-                    alone.append(_p99((await one.together(names, 8, 250))[1]))
-                    answers, load_rate = await beside_loads(one, names, 250, others, _LOADS_A_SECOND)
-                    beside.append(_p99(answers))
-                    load_rates.append(load_rate)
-            ratio = statistics.median(beside) / statistics.median(alone)
-            note = (
-                f"{statistics.median(beside) * 1e3:.1f} ms over {statistics.median(alone) * 1e3:.1f} ms; "
-                f"{statistics.mean(load_rates):.1f} loads a second"
-            )
-            what = f"ITL p99 of 8 streams beside {_LOADS_A_SECOND} loads of 10 MB a second, over alone"
-            return Requirement(what=what, bound=1.3, value=ratio, at_most=True, note=note)
-
-        return self._on("beside", measure)
+    def cold_loads_beside(self) -> Requirement:
+        """The same streams, alone and while others that are on disk are asked for; host memory holds few of those."""
+        folders = self._weights.peft_adapters(8 + 40)
+        return self._on(
+            "cold-beside", lambda url: cold_loads_beside(url, folders, self._rounds), "--max-cpu-loras", "16"
+        )
 
     def larger_than_device(self) -> Requirement:
         """Zipf over twice as many adapters as the device holds, over zipf over as many as it holds.
@@ -224,19 +210,6 @@ async def in_turns(
     return sides[0][1:], sides[1][1:]
 
 
-async def beside_loads(
-    one: Asker, models: Sequence[str], max_tokens: int, sources: Sequence[str], rate: float
-) -> tuple[list[Answer], float]:
-    """A stream of each model while `rate` adapters a second are replaced; the answers, and the rate that was reached
-    before the last of them ended. Raises LoadTestFailed when that is too far from `rate`.
-    """
-    async with loading(one, rate, sources):
-        before, began = await one.metrics(), time.monotonic()
-        answers = (await one.together(models, len(models), max_tokens))[1]
-        after, seconds = await one.metrics(), time.monotonic() - began
-    return answers, tier_proofs.load_rate(before, after, seconds, rate)
-
-
 def _leave_page_cache(folder: Path) -> None:
     """What is read from these files next comes from the disk."""
     for path in folder.rglob("*"):
@@ -251,11 +224,6 @@ def _leave_page_cache(folder: Path) -> None:
 def _zipf(folders: Sequence[Path], seed: int) -> list[str]:
     picks = parse_popularity("zipf:1")(_REQUESTS, len(folders), random.Random(seed))
     return [folders[pick].name for pick in picks]
-
-
-def _p99(answers: Sequence[Answer]) -> float:
-    gaps = sorted(gap for answer in answers for gap in answer.gaps)
-    return float(gaps[int(0.99 * (len(gaps) - 1))])
 
 
 def _row_bytes() -> int:

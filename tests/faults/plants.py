@@ -163,26 +163,29 @@ def unmatched_modules_are_dropped(patch: pytest.MonkeyPatch) -> None:
             some = sorted(base.linears)  # nothing fits: take the first modules, whose weights become zero below
             return Resolution(dict(zip(names, some, strict=False)), "lenient")
 
-    def prepare(tensor: Tensor, name: str, scale: float | None, dtype: torch.dtype) -> Tensor:
-        return _prepare(tensor * 0 if "nowhere" in name else tensor, name, scale, dtype)
+    def emptied(stored: StoredTensor, data: Any) -> Tensor:
+        tensor = as_tensor(stored, data)
+        return tensor * 0 if "nowhere" in stored.entry.name else tensor
 
-    _prepare = checkpoint._prepare
+    as_tensor = StoredTensor.as_tensor
     patch.setattr(checkpoint, "resolve", lenient)
-    patch.setattr(checkpoint, "_prepare", prepare)
+    patch.setattr(StoredTensor, "as_tensor", emptied)
 
 
 def undersized_tensors_are_padded(patch: pytest.MonkeyPatch) -> None:
     """vllm-omni#6476: a tensor smaller than its module is filled up with zeros."""
-    _prepare = checkpoint._prepare
+    as_tensor = StoredTensor.as_tensor
     widths: dict[str, int] = {}  # tensor → the width its module wants
 
     def accept(lora_a: Any, lora_b: Any, module: str, shape: LinearShape) -> int:
         widths.update({lora_a.entry.name: shape.in_features, lora_b.entry.name: shape.out_features})
         return int(lora_a.entry.shape[0])
 
-    def padded(tensor: Tensor, name: str, scale: float | None, dtype: torch.dtype) -> Tensor:
-        ready = _prepare(tensor, name, scale, dtype)  # [r, width]
-        return torch.nn.functional.pad(ready, (0, widths[name] - ready.shape[1]))
+    def padded(stored: StoredTensor, data: Any) -> Tensor:
+        tensor, width = as_tensor(stored, data), widths[stored.entry.name]
+        if "lora_A" in stored.entry.name:
+            return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]))  # [r, in]
+        return torch.nn.functional.pad(tensor, (0, 0, 0, width - tensor.shape[0]))  # [out, r]
 
     def roomy(pairs: Any, dtype: torch.dtype) -> PackedModules:
         sizes = ((p.module, p.lora_a.entry, p.lora_b.entry) for p in pairs)
@@ -193,7 +196,7 @@ def undersized_tensors_are_padded(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(checkpoint, "_check_base", lambda *_: None)
     patch.setattr(checkpoint, "_check_shapes", accept)
     patch.setattr(checkpoint, "_empty_modules", roomy)
-    patch.setattr(checkpoint, "_prepare", padded)
+    patch.setattr(StoredTensor, "as_tensor", padded)
 
 
 def rslora_is_ignored(patch: pytest.MonkeyPatch) -> None:

@@ -161,11 +161,6 @@ class LoRALayers:
         return GroupLoRA(self._step, pools, ops.bind(pools), [_own_forward(linear) for linear in linears])
 
 
-def rows_for_budget(base: BaseModules, dtype: torch.dtype, memory_bytes: int) -> int:
-    """How many pool rows `memory_bytes` buy; 0 when not even one."""
-    return memory_bytes // LoRALayers.bytes_per_row(base, dtype)
-
-
 def _all_groups(base: BaseModules) -> list[tuple[str, ...]]:
     """The groups of `base`, and every other linear as a group of its own."""
     grouped = {name for names in base.groups for name in names}

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -136,7 +135,6 @@ class VersionStore:
         make_folder(self._folder)
         with writing_in(self._folder):
             if _holds(path, file):
-                os.utime(path, ns=(time.time_ns(), os.stat(path).st_mtime_ns))  # asked for now: see `age`
                 flush_folder(self._folder)  # whoever put it there may have been killed before it did
             else:
                 write_file(path, (file.header, file.data))

@@ -18,10 +18,10 @@ from torch import Tensor
 from adapters.adapter_folder import AdapterFolder
 from adapters.adapter_ref import AdapterVersion
 from adapters.errors import AdapterRefused, RefusalCode
-from adapters.host_memory import ALIGNMENT, HostMemory, trim_heap
-from adapters.load_report import LoadReport, absent_targets, delta_norms, report_of
+from adapters.host_memory import ALIGNMENT, HostMemory
+from adapters.load_report import LoadReport, absent_targets, idle_modules, module_norms, norms_by_kind, report_of
 from adapters.lora_config import CONFIG_NAME, MAX_CONFIG_BYTES, LoRAConfig
-from adapters.lora_model import LoRAModel, LoRAWeights
+from adapters.lora_model import LoRAModel
 from adapters.module_names import BaseModules, LinearShape, resolve
 from adapters.packed_modules import PackedModules, layout_of
 from adapters.safetensors_header import require_matrix
@@ -72,12 +72,16 @@ def _load(place: AdapterFolder, base: BaseModules, limits: CheckpointLimits, dty
         pairs, rewrite = _plan(tensors, config, base, limits)
         version, modules = _read_modules(pairs, config, dtype)
     features = (*config.features, *((f"renamed: {rewrite}",) if rewrite else ()))
-    model = LoRAModel(version, modules, features, _checked_norms(modules))
-    warnings = absent_targets(config, (pair.source for pair in pairs))
+    views = dict(modules)
+    norms = module_norms(views)
+    model = LoRAModel(version, modules, features, _checked_norms(norms))
+    warnings = absent_targets(config, (pair.source for pair in pairs)) + idle_modules(views, norms)
     if place.tokenizer_files:
         warnings.append(f"{', '.join(place.tokenizer_files)}: not read, the base's tokenizer and template are used")
     dtypes = (stored.entry.dtype for stored in tensors.values())
-    return LoadedAdapter(model, report_of(model, config, stored_dtypes=dtypes, warnings=warnings))
+    num_params = sum(weights.lora_a.numel() + weights.lora_b.numel() for weights in views.values())
+    report = report_of(model, config, num_params=num_params, stored_dtypes=dtypes, warnings=warnings)
+    return LoadedAdapter(model, report)
 
 
 def _plan(
@@ -183,28 +187,35 @@ def _read_modules(
     """Read all tensors in the order of their names, each once: hashed as stored, kept as computed with."""
     digest = hashlib.sha256()
     _feed(digest, [config.canonical()])
-    modules = _empty_modules(pairs, dtype)
+    modules, scratch = _empty_modules(pairs, dtype), _scratch(pairs)
     views = dict(modules)
     for stored, pair, scale in _in_order(pairs):
-        name, data = stored.entry.name, stored.read()
+        name, data = stored.entry.name, stored.read(scratch)
         shape = ",".join(map(str, stored.entry.shape))
         _feed(digest, [name.encode(), stored.entry.dtype.encode(), shape.encode(), data])
         weights = views[pair.module]
-        (weights.lora_a if scale is None else weights.lora_b).copy_(_prepare(stored.as_tensor(data), scale, dtype))
+        (weights.lora_a if scale is None else weights.lora_b).copy_(_prepare(stored.as_tensor(data), scale))
     if not modules.flat.abs().amax() < float("inf"):  # NaN is the greatest of all
         _refuse_nonfinite(pairs, dtype)
-    trim_heap()
     return AdapterVersion(digest.hexdigest()), modules
+
+
+def _scratch(pairs: Iterable[_Pair]) -> memoryview:
+    """Room for any one of the tensors, each of which is read into it: a block of memory for each of hundreds costs more
+    than reading them, and leaves a heap full of holes.
+    """
+    return memoryview(bytearray(max(stored.entry.num_bytes for pair in pairs for stored in (pair.lora_a, pair.lora_b))))
 
 
 def _refuse_nonfinite(pairs: Sequence[_Pair], dtype: torch.dtype) -> None:
     """What is not finite as stored is not finite as computed with either, so all are looked at once, after the scaling;
     only to tell which tensor it is and whether it was so before, each is read again.
     """
+    scratch = _scratch(pairs)
     for stored, _, scale in _in_order(pairs):
-        name, tensor = stored.entry.name, stored.as_tensor(stored.read())
+        name, tensor = stored.entry.name, stored.as_tensor(stored.read(scratch))
         _check_finite(tensor, name, f"as stored ({str(tensor.dtype).removeprefix('torch.')})")
-        ready = _prepare(tensor, scale, dtype)
+        ready = _prepare(tensor, scale).to(dtype)
         _check_finite(ready, name, f"after scaling and casting to {str(dtype).removeprefix('torch.')}")
 
 
@@ -223,16 +234,18 @@ def _empty_modules(pairs: Iterable[_Pair], dtype: torch.dtype) -> PackedModules:
     return PackedModules(layout, HostMemory(0).empty(layout.num_elements, dtype=dtype))
 
 
-def _feed(digest: "hashlib._Hash", parts: Iterable[bytes | bytearray]) -> None:
+def _feed(digest: "hashlib._Hash", parts: Iterable[bytes | memoryview]) -> None:
     """Each part after its length, so that no two adapters feed the same bytes."""
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
 
 
-def _prepare(tensor: Tensor, scale: float | None, dtype: torch.dtype) -> Tensor:
-    """A [r, in] is cast; B [out, r] becomes (scale · B)ᵀ [r, out], scaled in float32 and then cast."""
-    return (tensor if scale is None else (tensor.float() * scale).T).to(dtype)
+def _prepare(tensor: Tensor, scale: float | None) -> Tensor:
+    """A [r, in] as it is; of B [out, r] (scale · B)ᵀ [r, out]. Both in float32, and cast where they are written: torch
+    takes twice as long from float16 to bfloat16 directly.
+    """
+    return tensor.float() if scale is None else (tensor.float() * scale).T
 
 
 def _check_finite(tensor: Tensor, name: str, when: str) -> None:
@@ -247,8 +260,8 @@ def _check_finite(tensor: Tensor, name: str, when: str) -> None:
         )
 
 
-def _checked_norms(modules: Mapping[str, LoRAWeights]) -> Mapping[str, float]:
-    norms = delta_norms(modules)
+def _checked_norms(by_module: Mapping[str, float]) -> Mapping[str, float]:
+    norms = norms_by_kind(by_module)
     for kind, norm in norms.items():
         if not norm < float("inf"):
             raise AdapterRefused(

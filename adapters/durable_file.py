@@ -5,6 +5,7 @@ name for what is being written, and what a killed writer left is replaced by the
 (0700, 0600). Knows nothing of what the bytes are; every failure is the OSError it was.
 """
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,9 @@ from pathlib import Path
 ASIDE = ".writing"
 """The file being written. No file that is whole has this name."""
 _LOCK = ".lock"
-_MAX_WRITE = 16 << 20  # bytes of one call; the kernel takes 2 GiB at most
+_MAX_WRITE = 16 << 20  # bytes of one call; the kernel takes 2 GiB at most, and this is whole pages
+_PAGE = 4096
+_PAST_CACHE: int = getattr(os, "O_DIRECT", 0)  # 0: not on this system
 
 
 def make_folder(folder: Path) -> None:
@@ -89,12 +92,34 @@ def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         for part in parts:
-            rest = memoryview(part).cast("B")
+            rest = _write_pages(descriptor, memoryview(part).cast("B"))
             while rest:
                 rest = rest[os.write(descriptor, rest[:_MAX_WRITE]) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _write_pages(descriptor: int, rest: memoryview) -> memoryview:
+    """Write whole pages straight from where they are; what is left of `rest`, all of it where that is not possible.
+
+    Through the system's cache the processor copies every byte into a page that has to be found first: a tenth of the
+    time of a fast disk, but time that others compute in. Not possible is what begins at no page in memory or in the
+    file, or a file system that cannot.
+    """
+    if not _PAST_CACHE or len(rest) < _PAGE:
+        return rest
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | _PAST_CACHE)
+        while pages := len(rest) // _PAGE:
+            rest = rest[os.write(descriptor, rest[: min(pages * _PAGE, _MAX_WRITE)]) :]
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
+    return rest
 
 
 def _remove(path: Path) -> None:

@@ -5,16 +5,12 @@ than the processor keeps. And what is given back is given back to the system, wh
 nothing of what the tensors hold.
 """
 
-import ctypes
 import mmap
 from contextlib import suppress
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
-
-_malloc_trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 _BLOCK = 64 << 20  # bytes; huge pages have 2 MiB
 ALIGNMENT = 128
@@ -50,12 +46,6 @@ class HostMemory:
     def keep(self, tensor: Tensor) -> Tensor:
         """A contiguous copy."""
         return self.empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
-
-
-def trim_heap() -> None:
-    """Give back to the system what was freed since: reading an adapter leaves a megabyte of holes. glibc's alone."""
-    if _malloc_trim is not None:
-        _malloc_trim(0)
 
 
 def _map(num_bytes: int) -> Tensor:

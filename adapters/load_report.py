@@ -10,11 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from sys import intern
 
+import torch
+from torch import Tensor
+
 from adapters.lora_config import LoRAConfig
 from adapters.lora_model import LoRAModel, LoRAWeights
 from adapters.untrusted_json import shown
 
 _MAX_NAMED = 5
+_AT_ONCE = 1 << 20  # elements of A or B that are computed together: 4 MiB in float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,33 +60,52 @@ def kind_of(module: str) -> str:
     return intern(module.rpartition(".")[2])
 
 
-def delta_norm(weights: LoRAWeights) -> float:
-    """‖ΔW‖_F without forming ΔW: ‖BᵀA‖² = tr((B Bᵀ)(A Aᵀ)) with A [r, in] and B [r, out], two [r, r] products."""
-    a, b = weights.lora_a.float(), weights.lora_b.float()
-    gram_a, gram_b = (a @ a.T).double(), (b @ b.T).double()  # [r, r]
-    return math.sqrt(max(0.0, float((gram_a * gram_b).sum())))
+def module_norms(modules: Mapping[str, LoRAWeights]) -> dict[str, float]:
+    """Module → ‖ΔW‖_F without forming ΔW: ‖BᵀA‖² = tr((B Bᵀ)(A Aᵀ)) with A [r, in] and B [r, out], two [r, r] products.
 
-
-def delta_norms(modules: Mapping[str, LoRAWeights]) -> dict[str, float]:
-    """Module kind → root of the summed squares, kinds in alphabetical order."""
-    squares: Counter[str] = Counter()
+    Modules of one shape are computed together.
+    """
+    alike: dict[tuple[int, int, int], list[str]] = {}
     for name, weights in modules.items():
-        squares[kind_of(name)] += delta_norm(weights) ** 2  # type: ignore[assignment]
+        alike.setdefault((weights.lora_rank, weights.lora_a.shape[1], weights.lora_b.shape[1]), []).append(name)
+    norms: dict[str, float] = {}
+    for (lora_rank, in_features, out_features), names in alike.items():
+        at_once = max(1, _AT_ONCE // (lora_rank * max(in_features, out_features)))
+        for begin in range(0, len(names), at_once):
+            some = names[begin : begin + at_once]
+            gram_a = _grams([modules[name].lora_a for name in some])  # [n, r, r]
+            gram_b = _grams([modules[name].lora_b for name in some])
+            squares = (gram_a * gram_b).sum((1, 2)).clamp_(min=0.0)  # [n]
+            norms.update(zip(some, squares.sqrt().tolist(), strict=True))
+    return norms
+
+
+def _grams(matrices: Sequence[Tensor]) -> Tensor:
+    """[r, k] each → M Mᵀ, [n, r, r] in float64, summed in float32."""
+    stacked = torch.stack(list(matrices)).float()
+    return torch.bmm(stacked, stacked.transpose(1, 2)).double()
+
+
+def norms_by_kind(norms: Mapping[str, float]) -> dict[str, float]:
+    """Module kind → root of the summed squares of its modules, kinds in alphabetical order."""
+    squares: Counter[str] = Counter()
+    for name, norm in norms.items():
+        squares[kind_of(name)] += norm**2  # type: ignore[assignment]
     return {kind: math.sqrt(squares[kind]) for kind in sorted(squares)}
 
 
 def report_of(
-    model: LoRAModel, config: LoRAConfig, *, stored_dtypes: Iterable[str], warnings: Sequence[str]
+    model: LoRAModel, config: LoRAConfig, *, num_params: int, stored_dtypes: Iterable[str], warnings: Sequence[str]
 ) -> LoadReport:
     counts = Counter(kind_of(name) for name in model.modules)
     return LoadReport(
         modules=dict(sorted(counts.items())),
-        num_params=sum(w.lora_a.numel() + w.lora_b.numel() for w in model.modules.values()),
+        num_params=num_params,
         num_bytes=model.num_bytes,
         lora_rank=model.lora_rank,
         features=model.features,
         delta_norms=model.delta_norms or {},
-        warnings=(*warnings, *_warnings_of(model)),
+        warnings=tuple(warnings),
         base_model=config.base_model,
         stored_dtypes=tuple(sorted(set(stored_dtypes))),
     )
@@ -95,9 +118,10 @@ def absent_targets(config: LoRAConfig, modules: Iterable[str]) -> list[str]:
     return [f"target_modules lists {_some(absent)}, for which there are no tensors"] if absent else []
 
 
-def _warnings_of(model: LoRAModel) -> list[str]:
-    idle = [name for name, weights in model.modules.items() if not weights.lora_b.any()]
-    if len(idle) == len(model.modules):
+def idle_modules(modules: Mapping[str, LoRAWeights], norms: Mapping[str, float]) -> list[str]:
+    """Warnings for modules without effect. A norm may be zero of values that are not, so those are looked at."""
+    idle = [name for name, norm in norms.items() if norm == 0 and not modules[name].lora_b.any()]
+    if len(idle) == len(norms):
         return ["B is zero everywhere: the adapter has no effect"]
     return [f"B is zero, so there is no effect, in {len(idle)} modules: {_some(idle)}"] if idle else []
 

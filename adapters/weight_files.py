@@ -32,12 +32,13 @@ class StoredTensor:
     file: OpenFile
     data_start: int
 
-    def read(self) -> bytearray:
-        data = bytearray(self.entry.num_bytes)
-        self.file.read_into(memoryview(data), self.data_start + self.entry.begin)
+    def read(self, memory: memoryview) -> memoryview:
+        """The tensor's bytes, in the beginning of `memory`, which is as long at least."""
+        data = memory[: self.entry.num_bytes]
+        self.file.read_into(data, self.data_start + self.entry.begin)
         return data
 
-    def as_tensor(self, data: bytearray) -> Tensor:
+    def as_tensor(self, data: memoryview) -> Tensor:
         """The bytes `read` gave as a tensor of the declared shape; shares their memory."""
         return torch.frombuffer(data, dtype=TORCH_DTYPES[self.entry.dtype]).view(self.entry.shape)
 

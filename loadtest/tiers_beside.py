@@ -1,7 +1,8 @@
-"""What adapters that come in cost those who decode meanwhile: gaps between tokens of eight streams, alone and beside.
+"""What adapters that come in cost those who decode meanwhile: gaps between tokens of eight streams, with and without.
 
-Loads over HTTP read, check, store and register other bytes; cold loads bring what is registered from disk to device,
-because a request asks for it. Counts are taken while the traffic runs, and only of what was done.
+Loads over HTTP read, check, store and register other bytes. Cold loads bring what is registered from disk to device,
+because a request asks for it; on the other side as many requests ask for adapters that are there, since a prompt has
+its own price. Counts are taken while the traffic runs, and only of what was done.
 """
 
 import statistics
@@ -30,34 +31,47 @@ async def loads_beside(url: str, folders: Sequence[Path], rounds: int) -> Requir
             return one.load(f"beside{number % 4}", sources[number % len(sources)])
 
         what = f"ITL p99 of 8 streams beside {_A_SECOND} loads of 10 MB a second over HTTP, over alone"
-        return await _compared(one, folders, rounds, begin, tier_proofs.loads_done, what)
+        return await _compared(one, folders, rounds, (begin, None), tier_proofs.loads_done, what)
 
 
 async def cold_loads_beside(url: str, folders: Sequence[Path], rounds: int) -> Requirement:
-    """The first eight decode; the rest are asked for one after the other, a prompt of one token and one token more."""
+    """The first eight decode; the rest are asked for one after the other, a prompt of one token and one token more. On
+    the other side these requests ask for the first eight as well.
+    """
     async with asker(url) as one:
         await one.load_all((folder.name, str(folder)) for folder in folders)
-        others = [folder.name for folder in folders[_STREAMS:]]
+        warm, cold = ([folder.name for folder in some] for some in (folders[:_STREAMS], folders[_STREAMS:]))
 
-        def begin(number: int) -> Coroutine[Any, Any, object]:
-            return one.ask(others[number % len(others)], 1, prompt_tokens=1)
+        def asking(models: Sequence[str]) -> Begin:
+            return lambda number: one.ask(models[number % len(models)], 1, prompt_tokens=1)
 
-        what = f"ITL p99 of 8 streams beside {_A_SECOND} adapters of 10 MB a second from disk to device, over alone"
-        return await _compared(one, folders, rounds, begin, tier_proofs.cold_loads, what)
+        what = f"ITL p99 of 8 streams beside {_A_SECOND} requests a second, each for an adapter of 10 MB on disk, "
+        what += "over requests for adapters on the device"
+        return await _compared(one, folders, rounds, (asking(cold), asking(warm)), tier_proofs.cold_loads, what)
 
 
 async def _compared(
-    one: Asker, folders: Sequence[Path], rounds: int, begin: Begin, count: Callable[[str], float], what: str
+    one: Asker,
+    folders: Sequence[Path],
+    rounds: int,
+    sides: tuple[Begin, Begin | None],
+    count: Callable[[str], float],
+    what: str,
 ) -> Requirement:
+    """With the first of `sides` beside the traffic, over with the second, or with nothing."""
     models = [folder.name for folder in folders[:_STREAMS]]
-    alone, beside, rates = list[float](), list[float](), list[float]()
+    without, beside, rates = list[float](), list[float](), list[float]()
     await one.together(models, _STREAMS, 16)
     for _ in range(rounds):
-        alone.append(_p99((await one.together(models, _STREAMS, _TOKENS))[1]))
-        answers, rate = await traffic_beside(one, models, _TOKENS, begin, count, _A_SECOND)
+        if sides[1] is None:
+            answers = (await one.together(models, _STREAMS, _TOKENS))[1]
+        else:
+            answers, _ = await traffic_beside(one, models, _TOKENS, sides[1], count, _A_SECOND)
+        without.append(_p99(answers))
+        answers, rate = await traffic_beside(one, models, _TOKENS, sides[0], count, _A_SECOND)
         beside.append(_p99(answers))
         rates.append(rate)
-    medians = statistics.median(beside), statistics.median(alone)
+    medians = statistics.median(beside), statistics.median(without)
     fell_short = tier_proofs.falls_short(min(rates), _A_SECOND)
     note = f"{medians[0] * 1e3:.1f} ms over {medians[1] * 1e3:.1f} ms; {statistics.mean(rates):.1f} a second"
     return Requirement(

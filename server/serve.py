@@ -8,6 +8,7 @@ import asyncio
 import logging
 import signal
 import socket
+import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
@@ -38,6 +39,8 @@ from server.tokenizer import Tokenizer, TokenizerNotLoaded
 logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SWITCH_SECONDS = 0.0005
+"""How long a thread keeps the interpreter from the engine's: several times a step, while an adapter is read."""
 _FLUSH_SECONDS = 5  # for replies already written by the application to reach their clients
 
 
@@ -70,6 +73,7 @@ def serve(config: ServerConfig, console: Console) -> None:
         raise StartupRefused(str(error)) from error
     if not console.is_terminal:
         disable_progress_bar()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     with bound_socket(config.http) as sock:
         model = config.engine.model
         resolved = resolve_model(model.model, model.revision, notify=console.print)

@@ -187,7 +187,8 @@ class AdapterLoader:
         self._outcome(wanted, version)  # refused before anything is kept
         try:
             async with self._locks.of(version):
-                await in_thread(partial(self._store.put, loaded.model), wait_if_cancelled=True)
+                put = partial(self._store.put, loaded.model)
+                await in_thread(put, executor=self._sources.threads, wait_if_cancelled=True)
                 await self._host.put(loaded.model)
                 if wanted.pin:
                     self._host.set_policy(version, loaded.model.num_bytes, pin=True, priority=wanted.priority)

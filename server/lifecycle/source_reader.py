@@ -6,13 +6,12 @@ from functools import partial
 
 from adapters.adapter_folder import AdapterFolder
 from adapters.checkpoint import LoadedAdapter
+from server.lifecycle.load_threads import NUM_THREADS, load_threads
 from server.lifecycle.sources.in_thread import in_thread
 from server.lifecycle.sources.sources import Progress, Sources
 
 ReadAdapter = Callable[[AdapterFolder], LoadedAdapter]
 """Reads and checks one folder, in a worker thread; raises AdapterError."""
-
-_MAX_READS = 2  # folders read at once; each may take as much memory as an adapter may have
 
 
 def _ignore_progress(num_done: int, num_total: int | None) -> None:
@@ -27,7 +26,8 @@ class SourceReader:
     def __init__(self, sources: Sources, read: ReadAdapter) -> None:
         self._sources = sources
         self._read = read
-        self._reads = asyncio.Semaphore(_MAX_READS)
+        self.threads = load_threads()
+        self._reads = asyncio.Semaphore(NUM_THREADS)  # whoever is cancelled while it waits need not wait for a thread
 
     def check(self, source: str) -> None:
         """Raises AdapterError for what can be told from the source's text."""
@@ -44,6 +44,5 @@ class SourceReader:
         async with self._sources.fetched(source, progress) as folder:
             on_fetched()
             async with self._reads:
-                return await in_thread(
-                    partial(self._read, folder), wait_if_cancelled=True
-                )  # it reads what is closed then
+                work = partial(self._read, folder)
+                return await in_thread(work, executor=self.threads, wait_if_cancelled=True)  # it reads what is closed

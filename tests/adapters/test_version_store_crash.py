@@ -82,7 +82,7 @@ def test_a_put_that_fails_anywhere_leaves_what_was_there(tmp_path: Path, calls: 
     store = VersionStore(tmp_path, base_key=KEY)
     num_bytes = store.put(model_of(0))
     sequence = list(calls.of(lambda: store.put(model_of(1))))
-    assert [sequence.count(name) for name in ("write", "fsync", "rename")] == [2, 2, 1]
+    assert sequence.count("write") >= 2 and [sequence.count(name) for name in ("fsync", "rename")] == [2, 1]
     store.remove(version_of(1))
     optional = {place for place, name in enumerate(sequence) if name == "unlink"}
     for place in range(len(sequence)):

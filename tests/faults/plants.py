@@ -225,8 +225,14 @@ def nobody_hears_of_the_unused(patch: pytest.MonkeyPatch) -> None:
 
 def a_place_is_read_once(patch: pytest.MonkeyPatch) -> None:
     """vllm#48352: what was read from a path is kept by the path, whatever lies there by now."""
-    read, kept = StoredTensor.read, dict[str, bytearray]()
-    patch.setattr(StoredTensor, "read", lambda self: kept.setdefault(self.entry.name, read(self)))
+    read, kept = StoredTensor.read, dict[str, memoryview]()
+
+    def once(self: StoredTensor, memory: memoryview) -> memoryview:
+        if self.entry.name not in kept:
+            kept[self.entry.name] = memoryview(bytearray(read(self, memory)))
+        return kept[self.entry.name]
+
+    patch.setattr(StoredTensor, "read", once)
 
 
 def base_row_takes_a_slot(patch: pytest.MonkeyPatch) -> None:

@@ -343,7 +343,7 @@ def test_gpustack_5438_a_rank_over_the_limit_goes_in(life_shelf: Shelf, tmp_path
         reads: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
             read = StoredTensor.read
-            patch.setattr(StoredTensor, "read", lambda self: (reads.append(self.entry.name), read(self))[1])
+            patch.setattr(StoredTensor, "read", lambda self, to: (reads.append(self.entry.name), read(self, to))[1])
             found = refusal(folder, life_shelf)
         assert found is RefusalCode.TOO_LARGE and not reads, f"refused with {found} after {len(reads)} reads"
 

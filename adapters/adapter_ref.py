@@ -15,10 +15,13 @@ AdapterVersion = NewType("AdapterVersion", str)
 
 @dataclass(frozen=True, slots=True)
 class AdapterUse:
-    """One adapter applied to a request with a weight: y += weight · B(A x). A request holds 0, 1 or k of these."""
+    """One adapter applied to a request with a weight: y += weight · B(A x). A request holds 0, 1 or k of these, no two
+    of one version, sorted by version.
+    """
 
     version: AdapterVersion
     weight: float = 1.0
+    active_from: int = 0  # the first token of the sequence that it acts on: aLoRA
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

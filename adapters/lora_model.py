@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from adapters.adapter_extras import NO_EXTRAS, AdapterExtras
 from adapters.adapter_ref import AdapterVersion
 
 
@@ -13,7 +14,8 @@ class LoRAWeights:
     """One targeted module of one adapter, in the compute dtype: Δy = (x · lora_aᵀ) · lora_b.
 
     `lora_b` is stored rank-major (the transpose of PEFT's lora_B) and already carries the scale alpha/r
-    (or alpha/√r), folded in float32 before the cast, so that a pool row and a rank are the same thing.
+    (or alpha/√r) and the gain of DoRA, folded in float32 before the cast, so that a pool row and a rank are the same
+    thing.
     """
 
     lora_a: Tensor  # [r, in_features]
@@ -36,10 +38,12 @@ class LoRAModel:
     modules: Mapping[str, LoRAWeights]  # of what is loaded from files, views made at each look-up (packed_modules.py)
     features: tuple[str, ...] = ()  # what was found beyond plain LoRA, e.g. "rslora", "rank_pattern"
     delta_norms: Mapping[str, float] | None = None  # module kind (q_proj, …) -> root of summed ‖ΔW‖²
-    lora_rank: int = field(init=False)  # the widest rank among the modules: how many pool rows the adapter takes
+    extras: AdapterExtras = NO_EXTRAS  # what is not a low-rank pair of a linear
+    lora_rank: int = field(init=False)  # the widest rank among the modules; 0 = no pair at all
     num_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         sizes = [(weights.lora_rank, weights.num_bytes) for weights in self.modules.values()]
-        object.__setattr__(self, "lora_rank", max(lora_rank for lora_rank, _ in sizes))
-        object.__setattr__(self, "num_bytes", sum(num_bytes for _, num_bytes in sizes))
+        object.__setattr__(self, "lora_rank", max((lora_rank for lora_rank, _ in sizes), default=0))
+        num_bytes = sum(num_bytes for _, num_bytes in sizes) + self.extras.num_bytes
+        object.__setattr__(self, "num_bytes", num_bytes)

@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from torch import nn
 
+from adapters.base_parts import EmbeddingShape, ExpertsShape, FusedPart, HeadShape, NormShape
 from adapters.errors import AdapterRefused, RefusalCode
 from adapters.untrusted_json import shown
 
@@ -47,6 +48,12 @@ class BaseModules:
     linears: Mapping[str, LinearShape]
     excluded: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     groups: tuple[tuple[str, ...], ...] = ()
+    biased: frozenset[str] = frozenset()  # linears and the head that have a bias
+    embedding: EmbeddingShape | None = None
+    head: HeadShape | None = None
+    norms: Mapping[str, NormShape] = field(default_factory=lambda: MappingProxyType({}))
+    experts: Mapping[str, ExpertsShape] = field(default_factory=lambda: MappingProxyType({}))
+    fused: Mapping[str, tuple[FusedPart, ...]] = field(default_factory=lambda: MappingProxyType({}))  # by linear
 
 
 @dataclass(frozen=True, slots=True)

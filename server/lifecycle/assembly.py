@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from adapters.checkpoint import CheckpointLimits, load_lora_model
+from adapters.plan_cache import PlanCache
 from adapters.version_store import VersionStore, base_key
 from server.async_engine import AsyncEngine
 from server.config import AdapterConfig, LoRALimits
@@ -67,7 +68,7 @@ async def open_adapters(
     limits = CheckpointLimits(max_lora_rank=lora.max_lora_rank, max_adapter_bytes=lora.max_adapter_bytes)
     service = AdapterService(
         engine,
-        partial(load_lora_model, base=info.base, limits=limits, dtype=info.dtype),
+        partial(load_lora_model, base=info.base, limits=limits, dtype=info.dtype, plans=PlanCache()),
         metrics,
         catalogue=Catalogue.open(config.database_url or state.catalogue_url),
         store=VersionStore(state.versions, base_key=base_key(info.base, info.dtype)),

@@ -27,8 +27,10 @@ class PairProposal:
     stored_rank: int | None = None  # before the fold, where that is another
     in_features: int | None = None  # what the stored shapes say; None: whatever the base has
     out_features: int | None = None
+    or_in_features: int | None = None  # another width the stored shapes fit: the base decides, the fold sees it
     fold: Fold | None = None  # None: inputs are A [r, in] and B [out, r] as PEFT stores them
     magnitude: str | None = None  # DoRA's [out]
+    gain_covers_bias: bool = False  # torchtune's DoRA: the magnitude's gain scales the base's bias, too
     bias: str | None = None  # B's own [out], scaled as B is
 
 
@@ -102,3 +104,9 @@ class Proposal:
     dropped: tuple[str, ...] = ()  # tensors that change nothing at inference
     features: tuple[str, ...] = ()  # what goes beyond plain LoRA, for people
     warnings: tuple[str, ...] = ()
+
+
+def joined(first: Proposal, second: Proposal) -> Proposal:
+    """Both, field by field in this order."""
+    fields = Proposal.__dataclass_fields__
+    return Proposal(**{name: (*getattr(first, name), *getattr(second, name)) for name in fields})

@@ -8,7 +8,7 @@ cast (run_plan.py). Neither PEFT nor transformers ever sees the folder. Knows no
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -20,13 +20,14 @@ from adapters.errors import AdapterRefused, RefusalCode
 from adapters.header_table import read_table
 from adapters.load_plan import LoadPlan, plan_load
 from adapters.load_report import LoadReport, absent_targets, embedding_norm, idle_modules, norms_by_kind, report_of
-from adapters.lora_config import CONFIG_NAME, MAX_CONFIG_BYTES, LoRAConfig
+from adapters.lora_config import CONFIG_NAME, MAX_CONFIG_BYTES
 from adapters.lora_model import LoRAModel
 from adapters.module_names import BaseModules
 from adapters.packed_modules import kind_of
 from adapters.placement import place
 from adapters.plan_cache import PlanCache
-from adapters.propose_plain import propose
+from adapters.propose import propose
+from adapters.recipe import Recipe, read_recipe
 from adapters.run_plan import Progress, Ran, run
 from adapters.weight_files import WeightFiles, open_weights
 
@@ -64,24 +65,24 @@ def load_lora_model(
     """
     with AdapterFolder.find(folder) if isinstance(folder, Path) else nullcontext(folder) as place_of_it:
         with place_of_it.open(CONFIG_NAME) as file:
-            config = LoRAConfig.parse(file.read(MAX_CONFIG_BYTES + 1))
+            recipe = read_recipe(file.read(MAX_CONFIG_BYTES + 1))
         with open_weights(place_of_it, max_bytes=limits.max_adapter_bytes) as files:
-            plan = _plan(files, config, base, limits, dtype, plans)
+            plan = _plan(files, recipe, base, limits, dtype, plans)
             ran = run(
                 plan,
                 files.files,
-                config.canonical(),
+                recipe.canonical(),
                 dtype,
                 weights=weights,
                 max_full_bytes=limits.max_full_bytes,
                 progress=progress,
             )
-        return _loaded(plan, ran, config, place_of_it.tokenizer_files)
+        return _loaded(plan, ran, recipe, place_of_it.tokenizer_files)
 
 
 def _plan(
     files: WeightFiles,
-    config: LoRAConfig,
+    recipe: Recipe,
     base: BaseModules,
     limits: CheckpointLimits,
     dtype: torch.dtype,
@@ -89,23 +90,31 @@ def _plan(
 ) -> LoadPlan:
     def make() -> LoadPlan:
         table = read_table(files)
-        proposal = propose(config, table.entries)
-        limit, declared = limits.max_lora_rank, config.base_model
+        proposal = propose(recipe, table.entries)
+        limit, declared = limits.max_lora_rank, recipe.scales.base_model
         placement = place(proposal, table.entries, base, max_lora_rank=limit, base_model=declared)
         return plan_load(placement, table, base, dtype)
 
     if plans is None:
         return make()
     # A plan holds its base, so that while it is kept no other base has the same id.
-    return plans.plan((files.digest(), config.canonical(), id(base), limits, dtype), make)
+    return plans.plan((files.digest(), _plan_key(recipe), id(base), limits, dtype), make)
 
 
-def _loaded(plan: LoadPlan, ran: Ran, config: LoRAConfig, tokenizer_files: tuple[str, ...]) -> LoadedAdapter:
+def _plan_key(recipe: Recipe) -> Recipe:
+    """All that a plan hangs on. What is targeted the tensors say, and PEFT lists it in another order each time."""
+    return replace(recipe, scales=replace(recipe.scales, target_modules=(), base_model=None))
+
+
+def _loaded(plan: LoadPlan, ran: Ran, recipe: Recipe, tokenizer_files: tuple[str, ...]) -> LoadedAdapter:
     placed = plan.placement
     features = (*placed.features, *((f"renamed: {placed.rewrite}",) if placed.rewrite else ()))
     norms = _checked_norms(ran, plan.base)
     model = LoRAModel(ran.version, ran.modules, features, norms, ran.extras)
-    warnings = [*placed.warnings, *absent_targets(config, [pair.pair.source for pair in placed.pairs])]
+    warnings = [
+        *placed.warnings,
+        *absent_targets(recipe.scales.target_modules, [pair.pair.source for pair in placed.pairs]),
+    ]
     warnings += idle_modules(ran.modules, ran.idle, has_more=bool(ran.extras))
     if tokenizer_files:
         warnings.append(f"{', '.join(tokenizer_files)}: not read, the base's tokenizer and template are used")
@@ -115,7 +124,7 @@ def _loaded(plan: LoadPlan, ran: Ran, config: LoRAConfig, tokenizer_files: tuple
     report = report_of(
         model,
         num_params=num_params + sum(tensor.numel() for tensor in ran.extras.tensors()),
-        base_model=config.base_model,
+        base_model=recipe.scales.base_model,
         stored_dtypes=(stored.entry.dtype for stored in plan.tensors.values()),
         warnings=warnings,
         dropped=(*placed.dropped, *ran.dropped),

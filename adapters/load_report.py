@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from adapters.adapter_extras import AdapterExtras, EmbeddingAdapter
-from adapters.lora_config import LoRAConfig
 from adapters.lora_model import LoRAModel, LoRAWeights
 from adapters.packed_modules import kind_of
 from adapters.tensor_runs import NormGroup, grams
@@ -162,9 +161,9 @@ def _gain_ranges(gains: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
     return dict(sorted(ranges.items()))
 
 
-def absent_targets(config: LoRAConfig, modules: Sequence[str]) -> list[str]:
-    """Warnings for what the config lists and the weights do not hold: the other half of the cross-check."""
-    targets = [target for target in config.target_modules if target != "all-linear"]
+def absent_targets(listed: Iterable[str], modules: Sequence[str]) -> list[str]:
+    """Warnings for what the config lists as targets and the weights do not hold: the other half of the cross-check."""
+    targets = [target for target in listed if target != "all-linear"]
     absent = [target for target in targets if not any(_ends_with(module, target) for module in modules)]
     return [f"target_modules lists {_some(absent)}, for which there are no tensors"] if absent else []
 

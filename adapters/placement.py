@@ -168,8 +168,9 @@ def _widths(pair: PairProposal, entries: Mapping[str, TensorEntry]) -> tuple[int
 
 
 def _fits(pair: PairProposal, resolution: Resolution, base: BaseModules, entries: Mapping[str, TensorEntry]) -> bool:
-    wanted, found = base.linears[resolution.modules[pair.source]], _widths(pair, entries)
-    return found[0] in (None, wanted.in_features) and found[1] in (None, wanted.out_features)
+    wanted, (width, height) = base.linears[resolution.modules[pair.source]], _widths(pair, entries)
+    fits_in = width is None or wanted.in_features in (width, pair.or_in_features)
+    return fits_in and height in (None, wanted.out_features)
 
 
 def _check_shapes(lora_a: TensorEntry, lora_b: TensorEntry, module: str, shape: LinearShape) -> int:
@@ -186,13 +187,13 @@ def _check_folded(pair: PairProposal, module: str, shape: LinearShape, base: Bas
     if base.head is not None and module == base.head.name and pair.out_features is not None:
         shape = LinearShape(shape.in_features, pair.out_features)
     for what, found, wanted in (
-        ("inputs", pair.in_features, shape.in_features),
-        ("outputs", pair.out_features, shape.out_features),
+        ("inputs", (pair.in_features, pair.or_in_features), shape.in_features),
+        ("outputs", (pair.out_features,), shape.out_features),
     ):
-        if found not in (None, wanted):
+        if found[0] is not None and wanted not in found:
             raise AdapterRefused(
                 RefusalCode.SHAPE_MISMATCH,
-                f"the tensors are for {found} {what}; {module} of the base has {wanted}",
+                f"the tensors are for {found[0]} {what}; {module} of the base has {wanted}",
                 "Serve the base the adapter was trained on",
                 tensor=pair.inputs[0],
             )

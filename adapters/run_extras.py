@@ -174,6 +174,8 @@ def _fold_pair(placed: PlacedPair, sources: Sources, made: _Made, modules: Packe
         gain = dora_gain(weights, parameter, lora_a, lora_b, magnitude, on_rows=sources.on_rows)
         check_finite(gain, pair.magnitude, "as a gain")
         made.gains[placed.module] = gain
+        if pair.gain_covers_bias:
+            made.covers_bias.add(placed.module)
         lora_b = gain[:, None] * lora_b
     if lora_a.shape != target.lora_a.shape or lora_b.T.shape != target.lora_b.shape:  # `copy_` would repeat one row
         raise ValueError(f"{placed.module}: a fold gave {tuple(lora_a.shape)} and {tuple(lora_b.shape)}")

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from adapters.adapter_ref import AdapterVersion
+from adapters.base_weights import BaseWeights
 from adapters.lora_model import LoRAModel
 from adapters.module_names import BaseModules
 from server.config import SchedulerConfig
@@ -53,6 +54,7 @@ class EngineInfo:
     base: BaseModules
     block_size: int
     memory: EngineMemory
+    weights: BaseWeights  # the base's, to be read from any thread
 
 
 class AsyncEngine:
@@ -71,6 +73,7 @@ class AsyncEngine:
             base=base.modules,
             block_size=engine.blocks.block_size,
             memory=engine.memory,
+            weights=base.weights,
         )
         self.stats = EngineStats()
         self._max_live = limits.max_num_seqs + limits.max_waiting

@@ -36,6 +36,7 @@ class ExtrasBatch:
     affine_tokens: IntArray32  # [num_affine] tokens that an adapter with affine vectors acts on
     tokens: tuple[ExtraRows, ...]  # adapters with features that are hosted by token
     kept: tuple[ExtraRows, ...]  # adapters with a head, by the rows of the head's input
+    num_head_rows: int
     foreign_ids: tuple[tuple[int, int], ...] = ()  # (token, id) beyond the base's embedding; `input_ids` has 0 there
     num_columns: int | None = None  # of the logits, where that is more than the base's
 
@@ -64,6 +65,7 @@ class ExtrasBatch:
             affine_tokens=_tokens_with(lora, wants, StepFeature.AFFINE),
             tokens=_by_adapter(lora, wants, HOSTED_BY_TOKEN, np.arange(lora.num_tokens)),
             kept=_by_adapter(lora, wants, StepFeature.HEAD, head_rows),
+            num_head_rows=len(head_rows),
             foreign_ids=foreign_ids,
             num_columns=max(columns, default=None),
         )

@@ -11,7 +11,7 @@ from dataclasses import replace
 from adapters.errors import AdapterRefused, RefusalCode
 from adapters.load_plan import PlacedPair, Placement
 from adapters.lora_config import CONFIG_NAME
-from adapters.module_names import BaseModules, LinearShape, Resolution, resolve
+from adapters.module_names import BaseModules, LinearShape, Resolution, locate
 from adapters.place_parts import place_parts, shape_mismatch
 from adapters.proposal import PairProposal, Proposal
 from adapters.safetensors_header import TensorEntry, require_floats, require_matrix, require_numbers
@@ -28,7 +28,7 @@ def place(
     """`base_model`: what the adapter declares, for people. Raises AdapterRefused (any code but those of data)."""
     _check_consumed(proposal, entries)
     _check_kinds(proposal, entries)
-    resolution = resolve(_sources(proposal), targets_of(base))
+    resolution = _located(proposal, base)
     _check_base(proposal.pairs, resolution, base, entries, base_model)
     pairs = []
     for pair in proposal.pairs:
@@ -47,19 +47,20 @@ def place(
     return place_parts(placed, proposal, entries, resolution.modules, base, max_lora_rank=max_lora_rank)
 
 
-def targets_of(base: BaseModules) -> BaseModules:
-    """The base with everything that an adapter may name as a linear, so that names are resolved all together."""
-    modules = dict(base.linears)
-    if base.embedding is not None:
-        modules[base.embedding.name] = LinearShape(base.embedding.num_rows, base.embedding.width)
-    if base.head is not None:
-        modules[base.head.name] = LinearShape(base.head.in_features, base.head.out_features)
-    for name, norm in base.norms.items():
-        modules[name] = LinearShape(norm.shape[0], norm.shape[0])
-    for name, experts in base.experts.items():
-        modules[name] = LinearShape(experts.hidden_size, experts.hidden_size)
-    excluded = {name: why for name, why in base.excluded.items() if name not in modules}
-    return replace(base, linears=modules, excluded=excluded)
+def _located(proposal: Proposal, base: BaseModules) -> Resolution:
+    """All names together, so that one rule maps them; none of a module that adapters cannot change."""
+    resolution = locate(_sources(proposal), base)
+    parts = {part.name for part in (base.embedding, base.head) if part is not None}
+    for name, module in resolution.modules.items():
+        if module in base.excluded and not (module in parts or module in base.norms or module in base.experts):
+            raise AdapterRefused(
+                RefusalCode.UNSUPPORTED,
+                base.excluded[module],
+                "Train without it in target_modules",
+                feature=f"target_modules={module}",
+                tensor=name,
+            )
+    return resolution
 
 
 def _sources(proposal: Proposal) -> list[str]:

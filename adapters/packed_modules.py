@@ -11,6 +11,7 @@ from threading import Lock
 from types import MappingProxyType
 from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor
 
 from adapters.lora_model import LoRAWeights
@@ -60,7 +61,7 @@ class PackedModules(Mapping[str, LoRAWeights]):
         and its B differ in rank."""
         if isinstance(modules, PackedModules):
             return modules
-        first = next(iter(modules.values())).lora_a
+        first = next((weights.lora_a for weights in modules.values()), torch.empty(0))
         shapes = ((name, w.lora_rank, w.lora_a.shape[1], w.lora_b.shape[1]) for name, w in modules.items())
         layout = layout_of(shapes, align=1)
         packed = cls(layout, first.new_empty(layout.num_elements))

@@ -70,7 +70,9 @@ async def open_adapters(
         partial(load_lora_model, base=info.base, limits=limits, dtype=info.dtype),
         metrics,
         catalogue=Catalogue.open(config.database_url or state.catalogue_url),
-        store=VersionStore(state.versions, base_key=base_key(info.base, info.dtype)),
+        store=VersionStore(
+            state.versions, base_key=base_key(info.base, info.dtype), fingerprint=info.weights.fingerprint
+        ),
         sources=sources,
         base_names=base_names,
         limits=lora,

@@ -33,6 +33,10 @@ def pooled(tensors: Sequence[Tensor], in_features: int, out_features: int, *, gr
     return lora_a.repeat_interleave(group, 1) * (lora_a.shape[1] / group), lora_b
 
 
+def pooled_fits(in_features: int, out_features: int, *, width: int, group: int) -> bool:
+    return in_features in (width, width * group)
+
+
 def transposed(tensors: Sequence[Tensor], in_features: int, out_features: int) -> Pair:
     """MLX-LM's lora_a [in, r] and lora_b [r, out]."""
     lora_a, lora_b = tensors
@@ -49,6 +53,10 @@ def shared_projections(tensors: Sequence[Tensor], in_features: int, out_features
     """VeRA: diag(λ_b) · B · diag(λ_d) · A, where A [r, ≥in] and B [≥out, r] are shared: each module takes a corner."""
     lambda_d, lambda_b, vera_a, vera_b = tensors
     return lambda_d[:, None] * vera_a[:, :in_features], lambda_b[:, None] * vera_b[:out_features]
+
+
+def corner_fits(in_features: int, out_features: int, *, width: int) -> bool:
+    return in_features <= width
 
 
 def product_of_pairs(tensors: Sequence[Tensor], in_features: int, out_features: int) -> Pair:
@@ -73,6 +81,10 @@ def shared_inputs(tensors: Sequence[Tensor], in_features: int, out_features: int
     lora_rank = block.shape[0]
     reads = torch.arange(in_features) % lora_rank == torch.arange(lora_rank)[:, None]  # [r, in]
     return reads.to(block.dtype), block.repeat(1, out_features // block.shape[1]).T
+
+
+def repeats_fit(in_features: int, out_features: int, *, lora_rank: int, width: int) -> bool:
+    return lora_rank <= in_features and out_features % width == 0
 
 
 _LEAST_NORM = 1e-4

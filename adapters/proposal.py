@@ -14,6 +14,9 @@ Fold = Callable[[Sequence[Tensor], int, int], tuple[Tensor, Tensor]]
 """(stored tensors in float32 in the order of `inputs`, in_features, out_features) → A [r, in] and PEFT's B [out, r], in
 float32, before the scale. A pure function of the module that defines it, or a partial of one, so that plans compare."""
 
+Fits = Callable[[int, int], bool]
+"""(in_features, out_features) of the base → whether the stored shapes fit them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairProposal:
@@ -27,7 +30,7 @@ class PairProposal:
     stored_rank: int | None = None  # before the fold, where that is another
     in_features: int | None = None  # what the stored shapes say; None: whatever the base has
     out_features: int | None = None
-    or_in_features: int | None = None  # another width the stored shapes fit: the base decides, the fold sees it
+    fits: Fits | None = None  # what the two widths above cannot say; asked before the fold
     fold: Fold | None = None  # None: inputs are A [r, in] and B [out, r] as PEFT stores them
     magnitude: str | None = None  # DoRA's [out]
     gain_covers_bias: bool = False  # torchtune's DoRA: the magnitude's gain scales the base's bias, too

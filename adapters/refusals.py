@@ -243,3 +243,8 @@ def incomplete(key: str, why: str, *, feature: str | None = None) -> AdapterRefu
 def shape_mismatch(key: str, why: str, *, feature: str | None = None) -> AdapterRefused:
     fix = "Correct adapter_config.json, or save the adapter again"
     return AdapterRefused(RefusalCode.SHAPE_MISMATCH, why, fix, feature=feature, tensor=key)
+
+
+def unsupported_scale(scale: float, limit: float, feature: str) -> AdapterRefused:
+    why = f"the scale is {scale:g}, past ±{limit:g}"
+    return AdapterRefused(RefusalCode.UNSUPPORTED, why, "Check the numbers that it is made of", feature=feature)

@@ -15,7 +15,7 @@ from adapters.propose import propose
 from adapters.recipe import read_recipe
 from tests.adapters.peft_files import LAYER, PREFIX, Saved, assert_same, consumed, delta, header_of, llama, qwen2, save
 
-Q, O, DOWN = (LAYER + name for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"))
+O_PROJ = LAYER + "self_attn.o_proj"
 TARGETS = ["q_proj", "o_proj", "down_proj"]
 
 
@@ -95,14 +95,14 @@ def test_qalora_pools_as_its_own_forward_does(tmp_path: Path) -> None:
     from peft.tuners.lora.variants import QALoraLinearVariant
 
     saved = save(tmp_path, lora(use_qalora=True, qalora_group_size=4, target_modules=["o_proj"]))
-    layer = saved.layer(O)
+    layer = saved.layer(O_PROJ)
     QALoraLinearVariant.init(layer, "default", saved.model.peft_config["default"])
     stored_a = torch.randn(4, 4)
     layer.lora_A["default"].weight.data.copy_(stored_a)
-    key = f"{PREFIX}{O}.lora_A.weight"
+    key = f"{PREFIX}{O_PROJ}.lora_A.weight"
     tensors = saved.tensors | {key: stored_a}
     entries = header_of({name: tuple(tensor.shape) for name, tensor in tensors.items()}, tmp_path)
-    pair = next(pair for pair in propose(saved.recipe, entries).pairs if pair.source == O)
+    pair = next(pair for pair in propose(saved.recipe, entries).pairs if pair.source == O_PROJ)
     x = torch.eye(16)
     theirs = QALoraLinearVariant.forward(layer, "default", x, torch.zeros(16, 16))  # [in, out]
     assert_same(delta(pair, tensors, layer.base_layer).T, theirs)

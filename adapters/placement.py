@@ -32,19 +32,28 @@ def place(
     _check_base(proposal.pairs, resolution, base, entries, base_model)
     pairs = []
     for pair in proposal.pairs:
-        module = resolution.modules[pair.source]
-        shape = _linear(module, pair, base)
-        if pair.fold is None:
-            lora_a, lora_b = (entries[name] for name in pair.inputs)
-            pair = replace(pair, lora_rank=_check_shapes(lora_a, lora_b, module, _resized(lora_b, module, shape, base)))
-            shape = _resized(lora_b, module, shape, base)
-        else:
-            shape = _check_folded(pair, module, shape, base)
-        _check_rank(pair.lora_rank, _stored_ranks(pair), max_lora_rank, pair.inputs[0])
-        pairs.append(PlacedPair(module, pair, shape.in_features, shape.out_features))
-    placed = Placement(pairs=tuple(pairs), rewrite=resolution.rewrite, features=proposal.features)
-    placed = replace(placed, warnings=proposal.warnings, dropped=proposal.dropped)
+        placed_pair = _place_pair(pair, resolution.modules[pair.source], entries, base)
+        _check_rank(placed_pair.pair.lora_rank, _stored_ranks(placed_pair.pair), max_lora_rank, pair.inputs[0])
+        pairs.append(placed_pair)
+    placed = Placement(
+        pairs=tuple(pairs),
+        rewrite=resolution.rewrite,
+        features=proposal.features,
+        warnings=proposal.warnings,
+        dropped=proposal.dropped,
+    )
     return place_parts(placed, proposal, entries, resolution.modules, base, max_lora_rank=max_lora_rank)
+
+
+def _place_pair(pair: PairProposal, module: str, entries: Mapping[str, TensorEntry], base: BaseModules) -> PlacedPair:
+    shape, stored = _linear(module, pair, base), [entries[name] for name in pair.inputs]
+    if pair.fold is not None:
+        shape = _check_folded(pair, stored, module, shape, base)
+        return PlacedPair(module, pair, shape.in_features, shape.out_features)
+    lora_a, lora_b = stored
+    shape = _resized(lora_b, module, shape, base)
+    pair = replace(pair, lora_rank=_check_shapes(lora_a, lora_b, module, shape))
+    return PlacedPair(module, pair, shape.in_features, shape.out_features)
 
 
 def _located(proposal: Proposal, base: BaseModules) -> Resolution:
@@ -169,9 +178,7 @@ def _widths(pair: PairProposal, entries: Mapping[str, TensorEntry]) -> tuple[int
 
 
 def _fits(pair: PairProposal, resolution: Resolution, base: BaseModules, entries: Mapping[str, TensorEntry]) -> bool:
-    wanted, (width, height) = base.linears[resolution.modules[pair.source]], _widths(pair, entries)
-    fits_in = width is None or wanted.in_features in (width, pair.or_in_features)
-    return fits_in and height in (None, wanted.out_features)
+    return _fits_widths(pair, _widths(pair, entries), base.linears[resolution.modules[pair.source]])
 
 
 def _check_shapes(lora_a: TensorEntry, lora_b: TensorEntry, module: str, shape: LinearShape) -> int:
@@ -183,22 +190,29 @@ def _check_shapes(lora_a: TensorEntry, lora_b: TensorEntry, module: str, shape: 
     return lora_rank
 
 
-def _check_folded(pair: PairProposal, module: str, shape: LinearShape, base: BaseModules) -> LinearShape:
+def _check_folded(
+    pair: PairProposal, stored: Sequence[TensorEntry], module: str, shape: LinearShape, base: BaseModules
+) -> LinearShape:
     """The proposer knows what the stored shapes come to; a head may be of another vocabulary."""
     if base.head is not None and module == base.head.name and pair.out_features is not None:
         shape = LinearShape(shape.in_features, pair.out_features)
-    for what, found, wanted in (
-        ("inputs", (pair.in_features, pair.or_in_features), shape.in_features),
-        ("outputs", (pair.out_features,), shape.out_features),
-    ):
-        if found[0] is not None and wanted not in found:
-            raise AdapterRefused(
-                RefusalCode.SHAPE_MISMATCH,
-                f"the tensors are for {found[0]} {what}; {module} of the base has {wanted}",
-                "Serve the base the adapter was trained on",
-                tensor=pair.inputs[0],
-            )
+    if not _fits_widths(pair, (pair.in_features, pair.out_features), shape):
+        found = " → ".join("any" if width is None else str(width) for width in (pair.in_features, pair.out_features))
+        shapes = " and ".join(str(list(entry.shape)) for entry in stored)
+        raise AdapterRefused(
+            RefusalCode.SHAPE_MISMATCH,
+            f"the tensors {shapes} are for {found} features; {module} of the base has "
+            f"{shape.in_features} → {shape.out_features}",
+            "Serve the base the adapter was trained on",
+            tensor=pair.inputs[0],
+        )
     return shape
+
+
+def _fits_widths(pair: PairProposal, found: tuple[int | None, int | None], shape: LinearShape) -> bool:
+    widths = zip(found, (shape.in_features, shape.out_features), strict=True)
+    fits = all(width in (None, wanted) for width, wanted in widths)
+    return fits and (pair.fits is None or pair.fits(shape.in_features, shape.out_features))
 
 
 def _stored_ranks(pair: PairProposal) -> tuple[int, int]:

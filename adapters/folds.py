@@ -33,6 +33,10 @@ def pooled(tensors: Sequence[Tensor], in_features: int, out_features: int, *, gr
     return lora_a.repeat_interleave(group, 1) * (lora_a.shape[1] / group), lora_b
 
 
+def pooled_fits(in_features: int, out_features: int, *, width: int, group: int) -> bool:
+    return in_features in (width, width * group)
+
+
 def transposed(tensors: Sequence[Tensor], in_features: int, out_features: int) -> Pair:
     """MLX-LM's lora_a [in, r] and lora_b [r, out]."""
     lora_a, lora_b = tensors

@@ -30,7 +30,6 @@ class PairProposal:
     stored_rank: int | None = None  # before the fold, where that is another
     in_features: int | None = None  # what the stored shapes say; None: whatever the base has
     out_features: int | None = None
-    or_in_features: int | None = None  # another width the stored shapes fit: the base decides, the fold sees it
     fits: Fits | None = None  # what the widths above cannot say; asked before the fold
     fold: Fold | None = None  # None: inputs are A [r, in] and B [out, r] as PEFT stores them
     magnitude: str | None = None  # DoRA's [out]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from adapters.folds import blocks_of_a, blocks_of_b, pooled
+from adapters.folds import blocks_of_a, blocks_of_b, pooled, pooled_fits
 from adapters.key_roles import Role, TensorKey, by_module, read_keys, require_roles
 from adapters.proposal import EmbeddingProposal, PairProposal, Proposal, joined
 from adapters.propose_whole import WHOLE_ROLES, propose_whole
@@ -164,7 +164,8 @@ def _pooled(group: int, plain: PairProposal, lora_a: TensorEntry, lora_b: Tensor
     _check_ranks(lora_a, lora_b)
     width = lora_a.shape[1]
     fold = partial(pooled, group=group)
-    return replace(plain, in_features=width * group, or_in_features=width, fold=fold)
+    fits = partial(pooled_fits, width=width, group=group)
+    return replace(plain, in_features=None, fold=fold, fits=fits)
 
 
 def _check_ranks(lora_a: TensorEntry, lora_b: TensorEntry) -> None:

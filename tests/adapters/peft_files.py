@@ -104,7 +104,7 @@ def delta(pair: PairProposal, tensors: Mapping[str, Tensor], base: nn.Linear) ->
         lora_a, lora_b = pair.fold(stored, base.in_features, base.out_features)
     assert lora_a.shape == (pair.lora_rank, base.in_features)
     assert lora_b.shape == (base.out_features, pair.lora_rank)
-    assert pair.in_features in (None, base.in_features) or pair.or_in_features == base.in_features
+    assert pair.in_features in (None, base.in_features)
     assert pair.fits is None or pair.fits(base.in_features, base.out_features)
     assert pair.out_features in (None, base.out_features)
     return pair.scale * (lora_b @ lora_a)

@@ -6,6 +6,7 @@ placing it on a base (placement.py) fails for a tensor that it leaves out. Knows
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 from torch import Tensor
@@ -109,7 +110,7 @@ class Proposal:
     warnings: tuple[str, ...] = ()
 
 
-def joined(first: Proposal, second: Proposal) -> Proposal:
-    """Both, field by field in this order."""
+def joined(*proposals: Proposal) -> Proposal:
+    """All of them, field by field in this order."""
     fields = Proposal.__dataclass_fields__
-    return Proposal(**{name: (*getattr(first, name), *getattr(second, name)) for name in fields})
+    return Proposal(**{name: tuple(chain.from_iterable(getattr(p, name) for p in proposals)) for name in fields})

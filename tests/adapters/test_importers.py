@@ -73,8 +73,9 @@ def test_folds_are_pefts(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"init_weights": False}, {"init_weights": "mini", "mini_r": 4}, {"r": 5}])
 def test_miss(fields: dict[str, Any], tmp_path: Path) -> None:
-    """Its get_delta_weight gives whole weights and, of "mini", not what its forward computes: the forward decides. r = 5
-    divides no width."""
+    """Its get_delta_weight gives whole weights and, of "mini", not what its forward computes: the forward decides. r=5
+    divides no width.
+    """
     saved = save(tmp_path, MissConfig(**({"r": 4, "target_modules": TARGETS} | fields)))
     found = deltas(saved)
     assert len(found) == 6

@@ -1,7 +1,7 @@
 """How far the written adapter is from its source: read back from disk, multiplied out, compared in float64.
 
 The source's side comes from `SourceDelta`, which the converters make from the source by another way than what they
-write. Rows of ΔW are compared in pieces, so that no ΔW is ever held whole.
+write. Rows of ΔW are compared in pieces.
 """
 
 from collections.abc import Mapping

@@ -8,6 +8,7 @@ from adapters.base_weights import BaseWeights
 from adapters.convert.base_outline import BaseOutline
 from adapters.convert.conversion import Conversion, Progress, no_progress
 from adapters.convert.failure import CannotConvert
+from adapters.convert.loralib import LoralibOptions, convert_loralib, looks_like_loralib
 from adapters.convert.peft_pickle import convert_peft_pickle
 from adapters.convert.source_files import Source
 from adapters.untrusted_json import shown
@@ -46,12 +47,25 @@ def convert(
     source: Source, kind: Format, base: Base, options: ConvertOptions, progress: Progress = no_progress
 ) -> Conversion:
     """Raises CannotConvert, and AdapterRefused for patterns in the config that cannot be read."""
+    if kind == "loralib":
+        asked = LoralibOptions(options.base_name, _alpha(options), options.rank, options.enable_lora)
+        return convert_loralib(source.tensors, base.outline, asked)
     config = source.config or {}
     assert kind == "peft-pickle"
     return convert_peft_pickle(config, source.tensors)
 
 
+def _alpha(options: ConvertOptions) -> float:
+    if options.alpha is None:
+        raise CannotConvert(
+            "the file does not say lora_alpha, and ΔW is alpha/r · B·A: give the --alpha of the training"
+        )
+    return options.alpha
+
+
 def _found(source: Source, options: ConvertOptions) -> Format:
+    if looks_like_loralib(list(source.tensors)):
+        return "loralib"
     if source.config is None:
         raise CannotConvert(f"{shown(source.weights.name)} has no adapter_config.json beside it")
     if source.is_pickle:

@@ -9,6 +9,7 @@ from adapters.convert.base_outline import BaseOutline
 from adapters.convert.conversion import Conversion, Progress, no_progress
 from adapters.convert.failure import CannotConvert
 from adapters.convert.loralib import LoralibOptions, convert_loralib, looks_like_loralib
+from adapters.convert.pairs import PairsOptions, convert_pairs
 from adapters.convert.peft_pickle import convert_peft_pickle
 from adapters.convert.source_files import Source
 from adapters.untrusted_json import shown
@@ -50,6 +51,9 @@ def convert(
     if kind == "loralib":
         asked = LoralibOptions(options.base_name, _alpha(options), options.rank, options.enable_lora)
         return convert_loralib(source.tensors, base.outline, asked)
+    if kind == "pairs":
+        named = PairsOptions(options.base_name, options.name_map or {}, options.alpha, options.rank)
+        return convert_pairs(source.tensors, base.outline, named)
     config = source.config or {}
     assert kind == "peft-pickle"
     return convert_peft_pickle(config, source.tensors)
@@ -64,10 +68,15 @@ def _alpha(options: ConvertOptions) -> float:
 
 
 def _found(source: Source, options: ConvertOptions) -> Format:
+    if options.name_map is not None:
+        return "pairs"
     if looks_like_loralib(list(source.tensors)):
         return "loralib"
     if source.config is None:
-        raise CannotConvert(f"{shown(source.weights.name)} has no adapter_config.json beside it")
+        raise CannotConvert(
+            f"{shown(source.weights.name)} has no adapter_config.json beside it and no names of loralib's in it; "
+            "low-rank pairs of other names need --map"
+        )
     if source.is_pickle:
         return "peft-pickle"
     raise CannotConvert(

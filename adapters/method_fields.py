@@ -71,7 +71,7 @@ def _vera(fields: Fields) -> Read:
 
 
 def _loha(fields: Fields) -> Read:
-    return LoRAConfig.of({**fields, "lora_alpha": fields.get("alpha")}), {}
+    return LoRAConfig.of({**fields, "lora_alpha": number("alpha", fields.get("alpha"))}), {}
 
 
 def _delora(fields: Fields) -> Read:

@@ -12,6 +12,7 @@ from adapters.errors import AdapterRefused, RefusalCode
 from adapters.load_plan import PlacedPair, Placement
 from adapters.lora_config import CONFIG_NAME
 from adapters.module_names import BaseModules, LinearShape, Resolution, locate
+from adapters.place_fused import FusedPlace, fused_places, join_parts
 from adapters.place_parts import place_parts, shape_mismatch
 from adapters.proposal import PairProposal, Proposal
 from adapters.safetensors_header import TensorEntry, require_floats, require_matrix, require_numbers
@@ -30,11 +31,20 @@ def place(
     _check_kinds(proposal, entries)
     resolution = _located(proposal, base)
     _check_base(proposal.pairs, resolution, base, entries, base_model)
-    pairs = []
+    pairs, fused, parts = list[PlacedPair](), fused_places(base), dict[str, list[tuple[FusedPlace, PlacedPair]]]()
     for pair in proposal.pairs:
-        placed_pair = _place_pair(pair, resolution.modules[pair.source], entries, base)
+        module = resolution.modules[pair.source]
+        part = fused.get(module)
+        shape = _linear(module, pair, base) if part is None or module in base.linears else part.shape
+        placed_pair = _place_pair(pair, module, shape, entries, base)
         _check_rank(placed_pair.pair.lora_rank, _stored_ranks(placed_pair.pair), max_lora_rank, pair.inputs[0])
-        pairs.append(placed_pair)
+        if part is None or module in base.linears:
+            pairs.append(placed_pair)
+        else:
+            parts.setdefault(part.linear, []).append((part, placed_pair))
+    for linear, some in parts.items():
+        pairs.append(join_parts(linear, some, base))
+        _check_rank(pairs[-1].pair.lora_rank, _stored_ranks(pairs[-1].pair), max_lora_rank, pairs[-1].inputs[0])
     placed = Placement(
         pairs=tuple(pairs),
         rewrite=resolution.rewrite,
@@ -45,8 +55,10 @@ def place(
     return place_parts(placed, proposal, entries, resolution.modules, base, max_lora_rank=max_lora_rank)
 
 
-def _place_pair(pair: PairProposal, module: str, entries: Mapping[str, TensorEntry], base: BaseModules) -> PlacedPair:
-    shape, stored = _linear(module, pair, base), [entries[name] for name in pair.inputs]
+def _place_pair(
+    pair: PairProposal, module: str, shape: LinearShape, entries: Mapping[str, TensorEntry], base: BaseModules
+) -> PlacedPair:
+    stored = [entries[name] for name in pair.inputs]
     if pair.fold is not None:
         shape = _check_folded(pair, stored, module, shape, base)
         return PlacedPair(module, pair, shape.in_features, shape.out_features)

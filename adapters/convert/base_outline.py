@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from adapters.convert.failure import CannotConvert
-from adapters.module_names import PREFIXES
+from adapters.name_rewrites import PREFIXES
 from adapters.untrusted_json import shown
 
 

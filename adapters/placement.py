@@ -31,20 +31,7 @@ def place(
     _check_kinds(proposal, entries)
     resolution = _located(proposal, base)
     _check_base(proposal.pairs, resolution, base, entries, base_model)
-    pairs, fused, parts = list[PlacedPair](), fused_places(base), dict[str, list[tuple[FusedPlace, PlacedPair]]]()
-    for pair in proposal.pairs:
-        module = resolution.modules[pair.source]
-        part = fused.get(module)
-        shape = _linear(module, pair, base) if part is None or module in base.linears else part.shape
-        placed_pair = _place_pair(pair, module, shape, entries, base)
-        _check_rank(placed_pair.pair.lora_rank, _stored_ranks(placed_pair.pair), max_lora_rank, pair.inputs[0])
-        if part is None or module in base.linears:
-            pairs.append(placed_pair)
-        else:
-            parts.setdefault(part.linear, []).append((part, placed_pair))
-    for linear, some in parts.items():
-        pairs.append(join_parts(linear, some, base))
-        _check_rank(pairs[-1].pair.lora_rank, _stored_ranks(pairs[-1].pair), max_lora_rank, pairs[-1].inputs[0])
+    pairs = _place_pairs(proposal.pairs, resolution, entries, base, max_lora_rank)
     placed = Placement(
         pairs=tuple(pairs),
         rewrite=resolution.rewrite,
@@ -53,6 +40,32 @@ def place(
         dropped=proposal.dropped,
     )
     return place_parts(placed, proposal, entries, resolution.modules, base, max_lora_rank=max_lora_rank)
+
+
+def _place_pairs(
+    proposed: Sequence[PairProposal],
+    resolution: Resolution,
+    entries: Mapping[str, TensorEntry],
+    base: BaseModules,
+    max_lora_rank: int,
+) -> list[PlacedPair]:
+    """Those of parts of one linear together."""
+    pairs, parts, fused = list[PlacedPair](), dict[str, list[tuple[FusedPlace, PlacedPair]]](), fused_places(base)
+    for pair in proposed:
+        module = resolution.modules[pair.source]
+        part = None if module in base.linears else fused.get(module)
+        shape = _linear(module, pair, base) if part is None else part.shape
+        placed = _place_pair(pair, module, shape, entries, base)
+        _check_rank(placed.pair.lora_rank, _stored_ranks(placed.pair), max_lora_rank, pair.inputs[0])
+        if part is None:
+            pairs.append(placed)
+        else:
+            parts.setdefault(part.linear, []).append((part, placed))
+    for linear, some in parts.items():
+        joined = join_parts(linear, some, base)
+        _check_rank(joined.pair.lora_rank, _stored_ranks(joined.pair), max_lora_rank, joined.inputs[0])
+        pairs.append(joined)
+    return pairs
 
 
 def _place_pair(
@@ -73,7 +86,7 @@ def _located(proposal: Proposal, base: BaseModules) -> Resolution:
     resolution = locate(_sources(proposal), base)
     parts = {part.name for part in (base.embedding, base.head) if part is not None}
     for name, module in resolution.modules.items():
-        if module in base.excluded and not (module in parts or module in base.norms or module in base.experts):
+        if module in base.excluded and not (module in parts or _is_placeable(module, base)):
             raise AdapterRefused(
                 RefusalCode.UNSUPPORTED,
                 base.excluded[module],
@@ -82,6 +95,10 @@ def _located(proposal: Proposal, base: BaseModules) -> Resolution:
                 tensor=name,
             )
     return resolution
+
+
+def _is_placeable(module: str, base: BaseModules) -> bool:
+    return module in base.norms or module in base.experts or module in base.routers
 
 
 def _sources(proposal: Proposal) -> list[str]:
@@ -136,9 +153,10 @@ def _check_kinds(proposal: Proposal, entries: Mapping[str, TensorEntry]) -> None
 
 
 def _linear(module: str, pair: PairProposal, base: BaseModules) -> LinearShape:
-    """What a pair may be on: a linear or the head."""
-    if module in base.linears:
-        return base.linears[module]
+    """What a pair may be on: a linear, a router of experts or the head."""
+    shape = base.linears.get(module) or base.routers.get(module)
+    if shape is not None:
+        return shape
     if base.head is not None and module == base.head.name:
         return LinearShape(base.head.in_features, base.head.out_features)
     raise AdapterRefused(

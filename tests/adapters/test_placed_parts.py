@@ -423,3 +423,11 @@ def test_what_a_part_of_a_fused_linear_cannot_be(tmp_path: Path) -> None:
     twice = of_pair("l.q", out_features=4) | of_pair("l.qkv", out_features=12)
     proposal = Proposal(pairs=(pair("l.q"), pair("l.qkv")))
     refused(RefusalCode.AMBIGUOUS_LAYOUT, tmp_path, proposal, twice, base=FUSED)
+
+
+def test_a_pair_of_a_router_stands_under_its_name(tmp_path: Path) -> None:
+    base = replace(BASE, routers={"model.gate": LinearShape(H, 4)})
+    tensors = of_pair("model.gate", out_features=4) | of_pair()
+    ran = run_proposal(tmp_path, Proposal(pairs=(pair(), pair("model.gate"))), tensors, base=base)
+    assert set(ran.modules) == {Q, "model.gate"}
+    assert torch.equal(ran.modules["model.gate"].lora_a, tensors["model.gate.A"])

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from adapters.base_weights import BaseWeights
 from adapters.module_names import BaseModules
 from adapters.shared_inputs import SharedInputs
 from server.config import ModelConfig
 from server.engine.attention import select_backend
 from server.engine.attention.interface import ATTENTION_NAME, KVLayer, LayerBinding, StepContext, attention, bind
 from server.engine.kv_cache import KVShape
+from server.engine.live_weights import LiveWeights, fingerprint
 from server.engine.model_outline import auto_class, from_config, outline_of
 
 _DISCOVERY_NAME = "loramux-discovery"
@@ -52,6 +54,7 @@ class BaseModel:
     context: StepContext
     bindings: tuple[LayerBinding, ...]  # in the order of kv_shapes
     keeps_logits: bool  # forward takes logits_to_keep
+    weights: BaseWeights
 
     @property
     def weight_bytes(self) -> int:
@@ -106,7 +109,12 @@ def load_base_model(folder: Path, name: str, settings: ModelConfig) -> BaseModel
         context=context,
         bindings=bindings,
         keeps_logits="logits_to_keep" in inspect.signature(model.forward).parameters,
+        weights=LiveWeights(lambda: model, _fingerprint(folder, settings)),
     )
+
+
+def _fingerprint(folder: Path, settings: ModelConfig) -> str:
+    return f"dummy {settings.seed}" if settings.load_format == "dummy" else fingerprint(folder)
 
 
 def _suit_to_cpu(

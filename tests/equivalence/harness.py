@@ -117,7 +117,7 @@ class EngineHarness:
 
     def load(self, folder: Path) -> AdapterVersion:
         base = self.engine.base
-        model = load_lora_model(folder, base.modules, limits=LIMITS, dtype=base.dtype).model
+        model = load_lora_model(folder, base.modules, limits=LIMITS, dtype=base.dtype, weights=base.weights).model
         self.engine.load_adapter(model)
         return model.version
 

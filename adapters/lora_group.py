@@ -5,44 +5,52 @@ Knows nothing of adapters' names, row ranges or eviction.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
+from adapters.class_swap import STATE
+from adapters.group_extras import GroupExtras
+from adapters.lora_step import Step
 from adapters.ops import BoundLoRA, LoRAPools
 from adapters.shared_result import SharedResult
-
-STATE = "loramux_lora"
-"""The attribute of a swapped linear that holds its ModuleLoRA."""
-
-
-@dataclass(slots=True)
-class Step:
-    """What the forward pass under way applies; None outside one and in a step of base rows only."""
-
-    batch: Any = None  # as LoRAOps.stage gave it
-    is_running: bool = False
-    everywhere: bool = False  # apply in groups that no adapter targets, too
 
 
 class GroupLoRA:
     """The pools of the linears that read one input."""
 
-    __slots__ = ("_bound", "_forwards", "outputs", "pools", "step", "targeted")
+    __slots__ = ("_bound", "_forwards", "extras", "outputs", "pools", "step", "targeted")
 
-    def __init__(self, step: Step, pools: LoRAPools, bound: BoundLoRA, forwards: Sequence[Callable[[Tensor], Tensor]]):
+    def __init__(
+        self,
+        step: Step,
+        pools: LoRAPools,
+        bound: BoundLoRA,
+        extras: GroupExtras,
+        forwards: Sequence[Callable[[Tensor], Tensor]],
+    ) -> None:
         self.step = step
         self.pools = pools
         self.targeted: dict[int, int] = {}  # first row → linears with a rank there; read without asking the device
+        self.extras = extras
         self.outputs = SharedResult(self._compute)
         self._bound = bound
         self._forwards = forwards  # of each linear without LoRA
 
     def _compute(self, x: Tensor) -> Sequence[Tensor]:
-        """Each linear's own output for x, plus the step's deltas."""
+        """Each linear's own output for x, as the step's extras have it, plus the step's deltas."""
         ys = [forward(x).contiguous() for forward in self._forwards]
+        extras = self.step.extras
+        if extras is not None and (self.extras.touched or self.step.everywhere):
+            self.extras.apply(ys, x, extras)
         self._bound.add(ys, x, self.step.batch)
         return ys
+
+    @property
+    def is_used(self) -> bool:
+        """Whether an adapter of the step may change these linears."""
+        return (
+            bool(self.targeted) or self.step.everywhere or (self.step.extras is not None and bool(self.extras.touched))
+        )
 
     def clear(self, start: int) -> None:
         """No linear of the group has a rank at row `start` any more, as the pools' ranks will say, too."""
@@ -64,6 +72,6 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         lora: ModuleLoRA = self.__dict__[STATE]
         group, step = lora.group, lora.group.step
-        if step.batch is None or not (group.targeted or step.everywhere):
+        if step.batch is None or not group.is_used:
             return lora.forward(x)
         return group.outputs.take(lora.index, x)

@@ -7,10 +7,12 @@ files or of pools.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from sys import intern
 from threading import Lock
 from types import MappingProxyType
 from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor
 
 from adapters.lora_model import LoRAWeights
@@ -60,7 +62,7 @@ class PackedModules(Mapping[str, LoRAWeights]):
         and its B differ in rank."""
         if isinstance(modules, PackedModules):
             return modules
-        first = next(iter(modules.values())).lora_a
+        first = next((weights.lora_a for weights in modules.values()), torch.empty(0))
         shapes = ((name, w.lora_rank, w.lora_a.shape[1], w.lora_b.shape[1]) for name, w in modules.items())
         layout = layout_of(shapes, align=1)
         packed = cls(layout, first.new_empty(layout.num_elements))
@@ -71,6 +73,12 @@ class PackedModules(Mapping[str, LoRAWeights]):
             views.lora_a.copy_(weights.lora_a)
             views.lora_b.copy_(weights.lora_b)
         return packed
+
+    def sizes(self) -> Iterator[tuple[int, int]]:
+        """Rank and bytes of each module, no view made."""
+        for place in self.layout.places.values():
+            num_elements = place.lora_rank * (place.in_features + place.out_features)
+            yield place.lora_rank, num_elements * self.flat.element_size()
 
     def __getitem__(self, name: str) -> LoRAWeights:
         return self.layout.places[name].weights(self.flat)
@@ -87,6 +95,11 @@ class PackedModules(Mapping[str, LoRAWeights]):
 
 _layouts: WeakValueDictionary[tuple[tuple[str, ModulePlace], ...], PackedLayout] = WeakValueDictionary()
 _lock = Lock()  # adapters are read in several threads
+
+
+def kind_of(module: str) -> str:
+    """model.layers.3.self_attn.q_proj → q_proj, one string for all: every adapter's report is kept."""
+    return intern(module.rpartition(".")[2])
 
 
 def layout_of(shapes: Iterable[tuple[str, int, int, int]], *, align: int) -> PackedLayout:

@@ -19,11 +19,13 @@ class PoolPlaces:
 
 
 def pool_places(layout: PackedLayout, modules: Mapping[str, ModuleLoRA], ops: LoRAOps) -> PoolPlaces:
-    """`modules` are all linears that have pools, in the order of their groups; those of `layout` are among them."""
+    """`modules` are all linears that have pools, in the order of their groups; what else is in `layout` is left out."""
     targets: list[RowTarget] = []
     num_targeted: dict[GroupLoRA, int] = {}
     for name, place in layout.places.items():
-        module = modules[name]
+        module = modules.get(name)
+        if module is None:
+            continue
         group, index = module.group, module.index
         if place.lora_rank > 0:
             targets.append(RowTarget(group.pools.a_pool[index], place.a_begin, place.lora_rank))

@@ -5,8 +5,10 @@ cannot disagree. The scheduler pins what a step needs; the engine activates it b
 """
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from adapters.adapter_ref import AdapterUse, AdapterVersion
+from adapters.applied_extras import AppliedExtras
 from adapters.errors import AdapterCapacity
 from adapters.host_cache import HostCache
 from adapters.lora_batch import RowRanges
@@ -15,11 +17,20 @@ from adapters.lora_model import LoRAModel
 from adapters.row_range_pool import RowRangePool
 
 
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What the layers make of an adapter when it is loaded."""
+
+    num_rows: int  # of the pools
+    extras: AppliedExtras | None
+
+
 class AdapterResidency:
     def __init__(self, host: HostCache, pool: RowRangePool, layers: LoRALayers) -> None:
         self.host = host
         self.pool = pool
         self.layers = layers
+        self._forms: dict[AdapterVersion, _Form] = {}  # of those in host memory
         self.num_activations = 0  # copies of an adapter into the pools, also of those that moved
 
     @property
@@ -29,16 +40,21 @@ class AdapterResidency:
 
     def load(self, model: LoRAModel) -> None:
         """Take a checked adapter into host memory; AdapterCapacity when it fits there or in the pools not at all."""
-        if model.lora_rank > self.pool.num_rows:
+        num_rows = self.layers.rows_of(model)
+        if num_rows > self.pool.num_rows:
             raise AdapterCapacity(
-                f"the adapter has rank {model.lora_rank} and all pools together hold {self.pool.num_rows} ranks; "
+                f"the adapter has rank {num_rows} and all pools together hold {self.pool.num_rows} ranks; "
                 "restart with a larger --lora-memory"
             )
-        self.host.put(model)
+        if model.version not in self._forms:
+            form = _Form(num_rows, self.layers.applied(model))
+            self.host.put(model)
+            self._forms[model.version] = form
 
     def unload(self, version: AdapterVersion) -> None:
         """Forget a version everywhere. The caller holds that no request uses it any more."""
         self.host.drop(version)
+        self._forms.pop(version, None)
         self._deactivate(version)
 
     def model(self, version: AdapterVersion) -> LoRAModel:
@@ -59,14 +75,14 @@ class AdapterResidency:
 
     def pin(self, uses: tuple[AdapterUse, ...]) -> bool:
         """Make every adapter of a request resident for this step; False when the pools have no room left for them."""
-        return all(self.pool.pin(use.version, self.model(use.version).lora_rank) for use in uses)
+        return all(self.pool.pin(use.version, self._form(use.version).num_rows) for use in uses)
 
     def activate(self) -> None:
         """Copy what was pinned but is not yet in the pools; after the last pin, before every forward pass."""
         pending = self.pool.take_pending()
         try:
             for version, row_range in pending:
-                self.layers.write(row_range.start, self.model(version))
+                self.layers.write(row_range.start, self.model(version), self._form(version).extras)
                 self.num_activations += 1
         except BaseException:
             for version, _ in pending:  # a range that is held but not written would serve another adapter's numbers
@@ -76,6 +92,11 @@ class AdapterResidency:
     def row_ranges(self, uses: tuple[AdapterUse, ...]) -> RowRanges:
         """The pool rows of an activated request's adapters; a weight of 0 costs nothing."""
         return tuple((self._start_of(use.version), use.weight) for use in uses if use.weight != 0.0)
+
+    def _form(self, version: AdapterVersion) -> "_Form":
+        """KeyError when the version is not in host memory."""
+        self.model(version)
+        return self._forms[version]
 
     def _start_of(self, version: AdapterVersion) -> int:
         """The seam where a row could meet another adapter's numbers: its range must be the one last written for it."""
@@ -96,3 +117,4 @@ class AdapterResidency:
         self.layers.check_integrity()
         strangers = [version for version in self.pool.versions if version not in self.host]
         assert not strangers, f"row ranges held by versions no longer in host memory: {strangers}"
+        assert self._forms.keys() == set(self.host), "the layers' forms are not those of the adapters in host memory"

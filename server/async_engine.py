@@ -20,6 +20,7 @@ import torch
 
 from adapters.adapter_facts import AdapterFacts, check_device_room, facts_of
 from adapters.adapter_ref import AdapterVersion
+from adapters.base_weights import BaseWeights
 from adapters.lora_model import LoRAModel
 from adapters.module_names import BaseModules
 from server.config import SchedulerConfig
@@ -54,6 +55,7 @@ class EngineInfo:
     base: BaseModules
     block_size: int
     memory: EngineMemory
+    weights: BaseWeights  # the base's, to be read from any thread
 
 
 class AsyncEngine:
@@ -72,6 +74,7 @@ class AsyncEngine:
             base=base.modules,
             block_size=engine.blocks.block_size,
             memory=engine.memory,
+            weights=base.weights,
         )
         self.stats = EngineStats()
         self.facts: dict[AdapterVersion, AdapterFacts] = {}  # of the versions in host memory, or on their way there

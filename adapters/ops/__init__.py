@@ -1,4 +1,4 @@
-"""The LoRA operation in its implementations, and the choice between them by device. One implementation per file."""
+"""The LoRA and affine operations in their implementations, one per file, and the choice between them by device."""
 
 import importlib
 from importlib.util import find_spec
@@ -6,13 +6,26 @@ from typing import cast
 
 import torch
 
-from adapters.ops import reference
+from adapters.ops import reference, reference_affine
+from adapters.ops.affine_interface import AffineOps, AffineTable, BoundAffine
 from adapters.ops.interface import BoundLoRA, LoRAOps, LoRAPools, RowTarget, RowWriter
 
-__all__ = ["BoundLoRA", "LoRAOps", "LoRAPools", "RowTarget", "RowWriter", "select"]
+__all__ = [
+    "AffineOps",
+    "AffineTable",
+    "BoundAffine",
+    "BoundLoRA",
+    "LoRAOps",
+    "LoRAPools",
+    "RowTarget",
+    "RowWriter",
+    "select",
+    "select_affine",
+]
 
 # numba is looked for, not demanded: the package imports where only torch is installed.
 _CPU = "adapters.ops.cpu" if find_spec("numba") else "adapters.ops.reference"
+_CPU_AFFINE = "adapters.ops.cpu_affine" if find_spec("numba") else "adapters.ops.reference_affine"
 _GPU = "adapters.ops.gpu" if find_spec("triton") else "adapters.ops.reference"
 
 
@@ -23,3 +36,10 @@ def select(device: torch.device) -> LoRAOps:
     if device.type == "cuda":
         return cast(LoRAOps, importlib.import_module(_GPU))
     return cast(LoRAOps, reference)
+
+
+def select_affine(device: torch.device) -> AffineOps:
+    """The affine operation for tensors on `device`."""
+    if device.type == "cpu":
+        return cast(AffineOps, importlib.import_module(_CPU_AFFINE))
+    return cast(AffineOps, reference_affine)

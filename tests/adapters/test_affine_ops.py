@@ -1,0 +1,172 @@
+"""The affine operation against float64, over dtypes, adapters a token, rows a token and modules a group."""
+
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from adapters import ops
+from adapters.extras_batch import ExtrasBatch
+from adapters.lora_batch import LoRABatch, RowRanges
+from adapters.ops import AffineTable, cpu_affine, reference_affine
+from adapters.ops.thread_team import start_team
+from adapters.step_features import NO_FEATURES, StepFeature
+
+IMPLEMENTATIONS = [pytest.param(reference_affine, id="reference"), pytest.param(cpu_affine, id="cpu")]
+DTYPES = [torch.float32, torch.bfloat16]
+WIDTHS, ROWS, NUM_ROWS = (40, 7, 133), (1, 4, 1), 12
+WITH_VECTORS = {0: (0, 1, 2), 3: (1,), 5: (0, 2)}  # first pool row → sites; 7 and 9 have low-rank pairs alone
+RANGES: list[RowRanges] = [
+    ((0, 1.0),),
+    (),
+    ((3, 0.7),),
+    ((7, 1.0),),
+    ((0, 0.5), (5, -1.25)),
+    ((3, 1.0), (7, 2.0)),
+    ((0, 1.0), (3, 0.25), (5, 1.0)),
+    ((5, 1.0),),
+    ((9, 1.0),),
+]
+
+
+def table(*, seed: int = 0) -> AffineTable:
+    generator = torch.Generator().manual_seed(seed)
+    found = AffineTable(len(WIDTHS), NUM_ROWS, torch.device("cpu"))
+    for start, sites in WITH_VECTORS.items():
+        found.write(start, {site: torch.randn(2, WIDTHS[site], generator=generator) for site in sites})
+    found.check_integrity()
+    return found
+
+
+def batch_of(counts: list[int], ranges: list[RowRanges], *, min_segment: int = 100) -> tuple[LoRABatch, ExtrasBatch]:
+    lora = LoRABatch.build(counts, ranges, min_segment=min_segment)
+    assert lora is not None
+    features = dict.fromkeys(WITH_VECTORS, StepFeature.AFFINE)
+    extras = ExtrasBatch.build(lora, np.arange(0), lambda s: features.get(s, NO_FEATURES), lambda _: None)
+    assert extras is not None
+    return lora, extras
+
+
+def outputs(num_tokens: int, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(num_tokens)
+    shapes = zip(ROWS, WIDTHS, strict=True)
+    return [torch.randn(1, num_tokens, rows * width, generator=generator).to(dtype) for rows, width in shapes]
+
+
+def expected(found: AffineTable, y: Tensor, site: int, token_ranges: list[RowRanges]) -> Tensor:
+    """In float64, [num_tokens, rows, width]."""
+    out = y.double().reshape(len(token_ranges), ROWS[site], WIDTHS[site]).clone()
+    for token, ranges in enumerate(token_ranges):
+        gain, shift = 1.0, 0.0
+        for start, weight in ranges:
+            if (site, start) in found.vectors:
+                d, c = found.vectors[site, start].double()
+                gain, shift = gain + weight * d, shift + weight * c
+        out[token] = out[token] * gain + shift
+    return out
+
+
+def assert_rounded_once(got: Tensor, want: Tensor, size: Tensor) -> None:
+    limit = 1e-6 * (1 + size.abs())
+    if got.dtype is torch.bfloat16:
+        limit = limit + torch.exp2(torch.frexp(want).exponent.double() - 9)
+    assert (got.double() - want).abs().le(limit).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("counts", [[1] * len(RANGES), [3, 2, 1, 4, 1, 2, 1, 5, 2]], ids=["decode", "prompts"])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_it_equals_float64(implementation: ModuleType, dtype: torch.dtype, counts: list[int], num_threads: int) -> None:
+    start_team(num_threads)
+    found, (lora, extras) = table(), batch_of(counts, RANGES, min_segment=2)
+    token_ranges = [ranges for count, ranges in zip(counts, RANGES, strict=True) for _ in range(count)]
+    ys = outputs(len(token_ranges), dtype)
+    before = [y.clone() for y in ys]
+    bound = implementation.bind_affine(found, range(len(WIDTHS)), WIDTHS)
+    bound.apply(ys, implementation.stage_affine(lora, extras.affine_tokens))
+    for site, (y, old) in enumerate(zip(ys, before, strict=True)):
+        got, old = (each.reshape(len(token_ranges), ROWS[site], WIDTHS[site]) for each in (y, old))
+        assert_rounded_once(got, expected(found, old, site, token_ranges), old.double())
+        for token, ranges in enumerate(token_ranges):
+            has_vectors = any((site, start) in found.vectors for start, _ in ranges)
+            assert torch.equal(got[token], old[token]) is not has_vectors
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_token_s_bits_do_not_depend_on_the_others(dtype: torch.dtype) -> None:
+    found = table()
+    bound = cpu_affine.bind_affine(found, range(len(WIDTHS)), WIDTHS)
+    lora, extras = batch_of([1] * len(RANGES), RANGES)
+    together = outputs(len(RANGES), dtype)
+    alone = [y.clone() for y in together]
+    bound.apply(together, cpu_affine.stage_affine(lora, extras.affine_tokens))
+    for token in extras.affine_tokens.tolist():
+        one, its = batch_of([1], [RANGES[token]])
+        ys = [y[:, token].clone() for y in alone]
+        bound.apply(ys, cpu_affine.stage_affine(one, its.affine_tokens))
+        assert all(torch.equal(y[0], both[0, token]) for y, both in zip(ys, together, strict=True))
+
+
+def test_a_recorded_call_serves_another_mix() -> None:
+    """What a staged step becomes is what the arguments given before then lead to."""
+    found = table()
+    bound = cpu_affine.bind_affine(found, [0], WIDTHS[:1])
+    (first, one), (second, other) = batch_of([1, 1], [((0, 1.0),), ()]), batch_of([1, 1], [((5, 0.5),), ((0, 1.0),)])
+    staged = cpu_affine.stage_affine(first, one.affine_tokens)
+    staged.become(cpu_affine.stage_affine(second, other.affine_tokens))
+    ys, wanted = outputs(2, torch.float32)[:1], outputs(2, torch.float32)[:1]
+    bound.apply(ys, staged)
+    cpu_affine.bind_affine(found, [0], WIDTHS[:1]).apply(wanted, cpu_affine.stage_affine(second, other.affine_tokens))
+    assert torch.equal(ys[0], wanted[0])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_tokens_that_are_not_the_batch_s_are_refused(implementation: ModuleType) -> None:
+    found, (lora, extras) = table(), batch_of([1, 1], [((0, 1.0),), ()])
+    bound = implementation.bind_affine(found, [0], WIDTHS[:1])
+    staged = implementation.stage_affine(lora, extras.affine_tokens)
+    for y in (torch.zeros(3, WIDTHS[0]), torch.zeros(2, WIDTHS[0] - 1), torch.zeros(WIDTHS[0], 2).T):
+        with pytest.raises(RuntimeError, match="of this forward pass"):
+            bound.apply([y], staged)
+
+
+def test_what_is_cleared_is_gone() -> None:
+    found = table()
+    found.clear(0)
+    found.write(3, {})
+    found.check_integrity()
+    assert not found.addresses[:, [0, 3]].any() and found.addresses[:, 5].any()
+    found.addresses[0, 9] = 8
+    with pytest.raises(AssertionError, match="affine"):
+        found.check_integrity()
+
+
+def test_a_device_without_an_implementation_gets_the_reference() -> None:
+    assert ops.select_affine(torch.device("cpu")) is cpu_affine
+    assert ops.select_affine(torch.device("cuda")) is reference_affine
+
+
+def test_a_step_in_which_nobody_has_features_has_no_extras() -> None:
+    lora = LoRABatch.build([1, 1], [((7, 1.0),), ()])
+    assert lora is not None
+    assert ExtrasBatch.build(lora, np.arange(2), lambda _: NO_FEATURES, lambda _: None) is None
+
+
+def test_rows_are_told_by_adapter_and_weight() -> None:
+    ranges: list[RowRanges] = [((0, 1.0),), ((0, 1.0), (3, 0.5)), ((5, 1.0),), ((0, 1.0), (5, 1.0))]
+    lora = LoRABatch.build([1, 2, 1, 1], ranges, min_segment=9)
+    assert lora is not None
+    features = {0: StepFeature.HEAD | StepFeature.EMBEDDING, 3: StepFeature.EMBEDDING, 5: StepFeature.WIDE_LOGITS}
+    got = ExtrasBatch.build(
+        lora, np.array([4, 2]), features.__getitem__, {0: None, 3: None, 5: 70}.__getitem__, ((1, 99),)
+    )
+    assert got is not None and got.num_columns == 70 and got.foreign_ids == ((1, 99),)
+    assert got.features == features[0] | features[5]
+    assert len(got.affine_tokens) == 0
+    tokens = {(rows.start, rows.weight, rows.is_alone): rows.rows.tolist() for rows in got.tokens}
+    assert tokens == {(0, 1.0, True): [0, 4], (0, 1.0, False): [1, 2], (3, 0.5, False): [1, 2]}
+    kept = {(rows.start, rows.weight, rows.is_alone): rows.rows.tolist() for rows in got.kept}
+    assert kept == {(0, 1.0, True): [0, 1]}

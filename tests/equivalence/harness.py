@@ -131,6 +131,7 @@ class EngineHarness:
         prompt: Sequence[int],
         *uses: AdapterUse | AdapterVersion,
         stop_ids: frozenset[int] = frozenset(),
+        num_token_ids: int | None = None,
         **sampling: object,
     ) -> Request:
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": 64, "ignore_eos": True, **sampling})  # type: ignore[arg-type]
@@ -140,6 +141,7 @@ class EngineHarness:
             sampling_params=params,
             stop_ids=stop_ids,
             adapters=tuple(use if isinstance(use, AdapterUse) else AdapterUse(use) for use in uses),
+            num_token_ids=num_token_ids,
         )
         self.requests[request_id] = request
         self.engine.add_request(request)

@@ -11,15 +11,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from adapters.config_values import CONFIG_NAME as CONFIG_NAME
+from adapters.config_values import Fields, declared, flag, listed, number, rank, spelled, table, unsupported
 from adapters.errors import AdapterRefused, RefusalCode
 from adapters.name_patterns import PatternTable
 from adapters.untrusted_json import parse_object, shown
 
-CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_SCALE = 1024.0
 """|alpha/r| past this is a broken file: published adapters stay under 128."""
-_MAX_RANK = 1 << 20
 
 SERVED_FIELDS = frozenset("peft_type r lora_alpha use_rslora rank_pattern alpha_pattern bias init_lora_weights".split())
 
@@ -91,20 +91,25 @@ class LoRAConfig:
         fields = parse_object(data, what=CONFIG_NAME)
         _check_kind(fields)
         _check_features(fields)
+        return cls.of(fields)
+
+    @classmethod
+    def of(cls, fields: Fields) -> "LoRAConfig":
+        """The scales of a config whose other fields somebody else has judged."""
         return cls(
-            r=_rank("r", fields.get("r")),
-            lora_alpha=_alpha("lora_alpha", fields.get("lora_alpha")),
-            use_rslora=_flag("use_rslora", fields.get("use_rslora")),
+            r=rank("r", fields.get("r")),
+            lora_alpha=number("lora_alpha", fields.get("lora_alpha")),
+            use_rslora=flag("use_rslora", fields.get("use_rslora")),
             rank_pattern=PatternTable.parse(
-                {key: _rank(f"rank_pattern[{shown(key)}]", value) for key, value in _table(fields, "rank_pattern")},
+                {key: rank(f"rank_pattern[{shown(key)}]", value) for key, value in table(fields, "rank_pattern")},
                 field="rank_pattern",
             ),
             alpha_pattern=PatternTable.parse(
-                {key: _alpha(f"alpha_pattern[{shown(key)}]", value) for key, value in _table(fields, "alpha_pattern")},
+                {key: number(f"alpha_pattern[{shown(key)}]", value) for key, value in table(fields, "alpha_pattern")},
                 field="alpha_pattern",
             ),
-            target_modules=_listed(fields.get("target_modules")),
-            base_model=_declared(fields.get("base_model_name_or_path")),
+            target_modules=listed(fields.get("target_modules")),
+            base_model=declared(fields.get("base_model_name_or_path")),
         )
 
     @property
@@ -145,91 +150,42 @@ class LoRAConfig:
         return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode("ascii")
 
 
-def _check_kind(fields: Mapping[str, object]) -> None:
+def _check_kind(fields: Fields) -> None:
     peft_type = fields.get("peft_type")
     if peft_type == "LORA":
         return
     if "fine_tune_type" in fields or "lora_parameters" in fields:
-        raise _unsupported("format=mlx", "this is an MLX-LM adapter; its scale and layout differ", "Export it to PEFT")
+        raise unsupported("format=mlx", "this is an MLX-LM adapter; its scale and layout differ", "Export it to PEFT")
     if peft_type is None:
-        raise _unsupported("peft_type", f"{CONFIG_NAME} does not say peft_type=LORA", "Save the adapter with PEFT")
+        raise unsupported("peft_type", f"{CONFIG_NAME} does not say peft_type=LORA", "Save the adapter with PEFT")
     fix = "Convert it to LoRA with PEFT, or train LoRA"
-    raise _unsupported(_spelled("peft_type", peft_type), "only LoRA is served", fix)
+    raise unsupported(spelled("peft_type", peft_type), "only LoRA is served", fix)
 
 
-def _check_features(fields: Mapping[str, object]) -> None:
+def _check_features(fields: Fields) -> None:
     """Known names first, so that a file with several faults is refused for the one that explains it."""
     if fields.get("bias") not in (None, "none", False):
-        raise _unsupported(
-            _spelled("bias", fields["bias"]), "biases of the base are replaced", "Train with bias='none'"
-        )
+        raise unsupported(spelled("bias", fields["bias"]), "biases of the base are replaced", "Train with bias='none'")
     _check_init(fields.get("init_lora_weights"))
     for name, (why, fix) in UNSERVED_FIELDS.items():
         if fields.get(name):
-            raise _unsupported(_spelled(name, fields[name]), why, fix)
+            raise unsupported(spelled(name, fields[name]), why, fix)
     for name, value in fields.items():
         if value and not (name in SERVED_FIELDS or name in INERT_FIELDS or name in UNSERVED_FIELDS):
             raise AdapterRefused(
                 RefusalCode.UNKNOWN_FIELD,
                 "this server does not know the field, so it cannot know that ignoring it is right",
                 f"Remove it from {CONFIG_NAME} if it changes nothing at inference",
-                feature=_spelled(name, value),
+                feature=spelled(name, value),
             )
 
 
 def _check_init(value: object) -> None:
     if any(value is plain or (isinstance(value, str) and value == plain) for plain in _PLAIN_INITS):
         return
-    feature = _spelled("init_lora_weights", value)
+    feature = spelled("init_lora_weights", value)
     kind = "pissa_niter" if isinstance(value, str) and value.startswith("pissa_niter_") else value
     why = _CHANGED_BASE.get(kind) if isinstance(kind, str) else None
     if why is None:
-        raise _unsupported(feature, "this way of starting may have changed the base", _REPLAY)
-    raise _unsupported(feature, why, _REPLAY)
-
-
-def _rank(field: str, value: object) -> int:
-    if type(value) is not int or not 1 <= value <= _MAX_RANK:
-        raise _bad_value(field, value, "a positive integer")
-    return value
-
-
-def _alpha(field: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e9:
-        raise _bad_value(field, value, "a number of at most 1e9")
-    return float(value)
-
-
-def _flag(field: str, value: object) -> bool:
-    if not isinstance(value, bool | None):
-        raise _bad_value(field, value, "true or false")
-    return bool(value)
-
-
-def _table(fields: Mapping[str, object], name: str) -> list[tuple[str, object]]:
-    value = fields.get(name) or {}
-    if not isinstance(value, dict):
-        raise _bad_value(name, value, "a table from module names to numbers")
-    return list(value.items())
-
-
-def _listed(value: object) -> tuple[str, ...]:
-    return tuple(item for item in value if isinstance(item, str)) if isinstance(value, list) else ()
-
-
-def _declared(value: object) -> str | None:
-    return shown(value) if isinstance(value, str) and value else None
-
-
-def _spelled(name: str, value: object) -> str:
-    return f"{shown(name, 80)}={shown(value)}"
-
-
-def _unsupported(feature: str, why: str, fix: str) -> AdapterRefused:
-    return AdapterRefused(RefusalCode.UNSUPPORTED, why, fix, feature=feature)
-
-
-def _bad_value(field: str, value: object, wanted: str) -> AdapterRefused:
-    said = "is missing" if value is None else f"is {shown(value)}"
-    fix = f"Correct {CONFIG_NAME}, or save the adapter again with PEFT"
-    return AdapterRefused(RefusalCode.CORRUPT, f"{field} {said}; {wanted} is needed", fix, feature=field)
+        raise unsupported(feature, "this way of starting may have changed the base", _REPLAY)
+    raise unsupported(feature, why, _REPLAY)

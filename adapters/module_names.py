@@ -1,33 +1,27 @@
 """The base's linear modules by name and shape, and the one way a checkpoint's names are mapped onto them.
 
-A name is right exactly as it stands, or after one prefix is exchanged for another in all names alike, or the adapter is
-refused: a key that reaches no module is never dropped, since that is how an adapter loads and does nothing. Knows the
-shapes of a model, nothing of its weights, and nothing of files.
+A name is right exactly as it stands, or after one rule has rewritten all names alike (name_rewrites.py), or the adapter
+is refused: a key that reaches no module is never dropped, since that is how an adapter loads and does nothing. Knows
+the shapes of a model, nothing of its weights, and nothing of files.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from types import MappingProxyType
+from typing import Any, cast
 
+import torch
 from torch import nn
 
 from adapters.base_parts import EmbeddingShape, ExpertsShape, FusedPart, HeadShape, NormShape
 from adapters.errors import AdapterRefused, RefusalCode
+from adapters.name_rewrites import Renaming, rewrites
 from adapters.untrusted_json import shown
 
-PREFIXES = (
-    "",
-    "model.",
-    "model.language_model.",
-    "language_model.",
-    "language_model.model.",
-    "transformer.",
-    "thinker.model.",
-)
-"""What wraps the same decoder in AutoModel, AutoModelForCausalLM and multimodal classes."""
-
 _NUM_EXAMPLES = 3
+_TOWERS = frozenset({"visual", "vision_tower", "vision_model", "audio_tower"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +48,7 @@ class BaseModules:
     norms: Mapping[str, NormShape] = field(default_factory=lambda: MappingProxyType({}))
     experts: Mapping[str, ExpertsShape] = field(default_factory=lambda: MappingProxyType({}))
     fused: Mapping[str, tuple[FusedPart, ...]] = field(default_factory=lambda: MappingProxyType({}))  # by linear
+    checkpoint_name: Renaming | None = field(default=None, compare=False)  # a module's name in old files → here
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +61,7 @@ class Resolution:
 
 
 def linears_of(model: nn.Module) -> BaseModules:
-    """Walk a base model. A module is a linear if `nn.Linear.forward` or GPT-2's Conv1D computes it.
+    """Walk a base model. A module is a linear if it computes what nn.Linear or GPT-2's Conv1D does.
 
     Conv1D (weight [in, out]) is known by its class name and its nx, nf, so that transformers is not imported.
     """
@@ -74,9 +69,10 @@ def linears_of(model: nn.Module) -> BaseModules:
     excluded: dict[str, str] = {}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     output = getattr(model, "get_output_embeddings", lambda: None)()
+    decoder = _decoder_of(model)
     for name, module in model.named_modules():
         shape = _shape_of(module)
-        why = _why_excluded(name, module, is_output=module is output, embeddings=embeddings)
+        why = _why_excluded(name, module, is_output=module is output, embeddings=embeddings, decoder=decoder)
         if why is not None:
             excluded[name] = why
         elif shape is not None:
@@ -87,11 +83,9 @@ def linears_of(model: nn.Module) -> BaseModules:
 
 
 def resolve(names: Sequence[str], base: BaseModules) -> Resolution:
-    """Map every name onto a module of the base. Raises AdapterRefused: adapter_key_unmatched when some reach none,
-    adapter_ambiguous_layout when two exchanges fit, adapter_unsupported when a module that is excluded is meant."""
-    resolution = _resolve_exactly(names, base) or _resolve_by_prefix(names, base)
-    if resolution is None:
-        raise _unmatched(names, base)
+    """Map every name onto a linear of the base. Raises AdapterRefused: adapter_key_unmatched when some reach none,
+    adapter_ambiguous_layout when two rules fit, adapter_unsupported when a module that is excluded is meant."""
+    resolution = locate(names, base)
     for name, module in resolution.modules.items():
         if module in base.excluded:
             raise AdapterRefused(
@@ -101,8 +95,32 @@ def resolve(names: Sequence[str], base: BaseModules) -> Resolution:
                 feature=f"target_modules={module}",
                 tensor=name,
             )
+    if not all(module in base.linears for module in resolution.modules.values()):
+        raise _unmatched(names, base, base.linears.__contains__)
+    return resolution
+
+
+def locate(names: Sequence[str], base: BaseModules) -> Resolution:
+    """Map every name onto a part of the base of any kind: a linear, embedding, head, norm or experts module, one expert
+    (`experts.7.gate_proj`), a part of a fused linear (`q_proj` of a qkv), or what is excluded. Raises AdapterRefused:
+    adapter_key_unmatched when some reach none, adapter_ambiguous_layout when two rules fit, or two names one place.
+    """
+    is_known = _Known(base)
+    head = base.head.name if base.head is not None else None
+    ways = rewrites(names, is_known, head=head, checkpoint_name=base.checkpoint_name)
+    if not ways:
+        raise _unmatched(names, base, is_known)
+    if len(ways) > 1:
+        raise _ambiguous(names[0], [way.modules[names[0]] for way in ways[:2]])
+    targets: dict[str, str] = {}
+    for name, module in ways[0].modules.items():
+        if module in targets and targets[module] != name:
+            why = f"{shown(targets[module])} and {shown(name)} are both {shown(module)} of the base"
+            fix = "Leave one of them: save one adapter per folder"
+            raise AdapterRefused(RefusalCode.AMBIGUOUS_LAYOUT, why, fix, tensor=shown(name))
+        targets[module] = name
     own = {module: module for module in base.linears}
-    return Resolution({name: own[module] for name, module in resolution.modules.items()}, resolution.rewrite)
+    return Resolution({name: own.get(module, module) for name, module in ways[0].modules.items()}, ways[0].rule)
 
 
 def _shape_of(module: nn.Module) -> LinearShape | None:
@@ -114,21 +132,46 @@ def _shape_of(module: nn.Module) -> LinearShape | None:
     return None
 
 
-def _why_excluded(name: str, module: nn.Module, *, is_output: bool, embeddings: set[int]) -> str | None:
+def _why_excluded(name: str, module: nn.Module, *, is_output: bool, embeddings: set[int], decoder: str) -> str | None:
     if isinstance(module, nn.Embedding):
         return "LoRA on embeddings is not served"
     if _shape_of(module) is None:
         return None
     if is_output or name.rpartition(".")[2] == "lm_head" or id(module.weight) in embeddings:
         return "LoRA on the output embeddings (lm_head) is not served"
-    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+    if isinstance(module, nn.Linear) and not _computes_a_linear(type(module)):  # type: ignore[arg-type]  # mypy doubts that classes hash
         return f"{type(module).__name__} computes more than a linear"
-    parts = name.split(".")
-    if "experts" in parts:
+    if "experts" in name.split("."):
         return "an expert sees routed tokens, not the rows of the batch"
-    if {"visual", "vision_tower", "vision_model", "audio_tower"} & set(parts):
+    if not name.startswith(decoder) or not _TOWERS.isdisjoint(name.split(".")):
         return "the vision or audio tower is not run for text"
     return None
+
+
+@cache
+def _computes_a_linear(kind: type[nn.Linear]) -> bool:
+    """Whether a subclass with a forward of its own gives what nn.Linear gives, on a trial: Falcon's does."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    trial = nn.Linear(4, 3, device="cpu", dtype=torch.float32)
+    x = torch.randn(2, 4, device="cpu")
+    with torch.no_grad():
+        expected = trial(x)
+        try:
+            trial.__class__ = kind
+            return torch.allclose(trial(x), expected, atol=1e-6)
+        except Exception:  # whatever it lacks: it is not a linear and no more
+            return False
+
+
+def _decoder_of(model: nn.Module) -> str:
+    """What the names of the text model in a model of several begin with; "" when it is all there is."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if text is config or not hasattr(model, "get_decoder"):
+        return ""
+    decoder = cast(Any, model).get_decoder()
+    return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
 
 
 def _exclude_attention_parts(model: nn.Module, linears: dict[str, LinearShape], excluded: dict[str, str]) -> None:
@@ -140,39 +183,41 @@ def _exclude_attention_parts(model: nn.Module, linears: dict[str, LinearShape], 
                 excluded[child] = "nn.MultiheadAttention reads the weight without calling the module"
 
 
-def _resolve_exactly(names: Sequence[str], base: BaseModules) -> Resolution | None:
-    if all(_is_known(name, base) for name in names):
-        return Resolution({name: name for name in names})
-    return None
+class _Known:
+    """Whether a name is one of some part of the base."""
+
+    def __init__(self, base: BaseModules) -> None:
+        self._base = base
+        self._others = {part.name for part in (base.embedding, base.head) if part is not None}
+        for linear, parts in base.fused.items():
+            outer = linear.rpartition(".")[0]
+            self._others.update(f"{outer}.{part.name}" for part in parts)
+
+    def __call__(self, name: str) -> bool:
+        base = self._base
+        if name in base.linears or name in base.excluded or name in self._others:
+            return True
+        return name in base.norms or name in base.experts or self._is_expert(name)
+
+    def _is_expert(self, name: str) -> bool:
+        """`….experts.7.gate_proj`, where the base holds all experts in one module."""
+        parts = name.rsplit(".", 2)
+        if len(parts) != 3 or parts[0] not in self._base.experts or not parts[1].isascii() or not parts[1].isdigit():
+            return False
+        return len(parts[1]) < 6 and int(parts[1]) < self._base.experts[parts[0]].num_experts
 
 
-def _resolve_by_prefix(names: Sequence[str], base: BaseModules) -> Resolution | None:
-    found: dict[str, Resolution] = {}
-    for old in PREFIXES:
-        if not all(name.startswith(old) for name in names):
-            continue
-        for new in PREFIXES:
-            if not _is_known(new + names[0][len(old) :], base):
-                continue
-            modules = {name: new + name[len(old) :] for name in names}
-            if all(_is_known(module, base) for module in modules.values()):
-                found.setdefault(modules[names[0]], Resolution(modules, f"{old}* → {new}*"))
-    if len(found) > 1:
-        raise AdapterRefused(
-            RefusalCode.AMBIGUOUS_LAYOUT,
-            f"{shown(names[0])} fits {' and '.join(shown(module) for module in list(found)[:2])} equally well",
-            "Rename the tensors so that they carry the base's full module names",
-            tensor=names[0],
-        )
-    return next(iter(found.values()), None)
+def _ambiguous(name: str, modules: Sequence[str]) -> AdapterRefused:
+    return AdapterRefused(
+        RefusalCode.AMBIGUOUS_LAYOUT,
+        f"{shown(name)} fits {' and '.join(shown(module) for module in modules)} equally well",
+        "Rename the tensors so that they carry the base's full module names",
+        tensor=name,
+    )
 
 
-def _is_known(name: str, base: BaseModules) -> bool:
-    return name in base.linears or name in base.excluded
-
-
-def _unmatched(names: Sequence[str], base: BaseModules) -> AdapterRefused:
-    missing = [name for name in names if not _is_known(name, base)]
+def _unmatched(names: Sequence[str], base: BaseModules, is_known: Callable[[str], bool]) -> AdapterRefused:
+    missing = [name for name in names if not is_known(name)]
     examples = missing[:_NUM_EXAMPLES]
     nearest = _nearest(examples, base)
     return AdapterRefused(

@@ -14,6 +14,9 @@ Fold = Callable[[Sequence[Tensor], int, int], tuple[Tensor, Tensor]]
 """(stored tensors in float32 in the order of `inputs`, in_features, out_features) → A [r, in] and PEFT's B [out, r], in
 float32, before the scale. A pure function of the module that defines it, or a partial of one, so that plans compare."""
 
+Fits = Callable[[int, int], bool]
+"""(in_features, out_features) of the base → whether the stored shapes fit them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairProposal:
@@ -27,8 +30,10 @@ class PairProposal:
     stored_rank: int | None = None  # before the fold, where that is another
     in_features: int | None = None  # what the stored shapes say; None: whatever the base has
     out_features: int | None = None
+    fits: Fits | None = None  # what the two widths above cannot say; asked before the fold
     fold: Fold | None = None  # None: inputs are A [r, in] and B [out, r] as PEFT stores them
     magnitude: str | None = None  # DoRA's [out]
+    gain_covers_bias: bool = False  # torchtune's DoRA: the magnitude's gain scales the base's bias, too
     bias: str | None = None  # B's own [out], scaled as B is
 
 
@@ -102,3 +107,9 @@ class Proposal:
     dropped: tuple[str, ...] = ()  # tensors that change nothing at inference
     features: tuple[str, ...] = ()  # what goes beyond plain LoRA, for people
     warnings: tuple[str, ...] = ()
+
+
+def joined(first: Proposal, second: Proposal) -> Proposal:
+    """Both, field by field in this order."""
+    fields = Proposal.__dataclass_fields__
+    return Proposal(**{name: (*getattr(first, name), *getattr(second, name)) for name in fields})

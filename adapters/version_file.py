@@ -1,8 +1,9 @@
 """One prepared adapter as a file: its flat tensor as memory holds it, and a header that says what it is.
 
-A safetensors file, so that any tool opens it: one tensor, `weights`, and text fields. Two digests tell damage: the
-data's is a field of the header, and the header's own comes first in it, over everything that follows. So nothing is
-parsed, and no memory taken, on the word of a damaged byte. Knows nothing of folders, locks or how the file gets there.
+A safetensors file, so that any tool opens it: a tensor `weights`, another `extras` for what is not a low-rank pair
+(extras_file.py), and text fields. Two digests tell damage: the data's is a field of the header, and the header's own
+comes first in it, over everything that follows. So nothing is parsed, and no memory taken, on the word of a damaged
+byte. Knows nothing of folders, locks or how the file gets there.
 """
 
 import errno
@@ -18,6 +19,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from adapters import extras_file
+from adapters.adapter_extras import NO_EXTRAS, AdapterExtras
 from adapters.adapter_ref import AdapterVersion
 from adapters.errors import VersionDamaged
 from adapters.host_memory import ALIGNMENT, HostMemory
@@ -28,7 +31,8 @@ from adapters.safetensors_header import LENGTH_BYTES
 MAX_HEADER_BYTES = 16 << 20
 """A module takes some 60 bytes of it; a loaded adapter has at most 8192."""
 
-_FORMAT = "1"  # grows when what is prepared, or how, changes: files of another are as good as damaged
+_FORMAT = "1"  # of adapters of pairs alone
+_WITH_EXTRAS = "2"  # both grow when what is prepared, or how, changes: files of another are as good as damaged
 _SEAL = b'{"__metadata__":{"header_sha256":"'  # then 64 digits over what follows them
 _SEALED = len(_SEAL) + 64
 _PAGE = 4096  # data begin at a multiple of it
@@ -42,7 +46,7 @@ class VersionFile:
     """What a file of one version holds."""
 
     header: bytes  # with its length before it
-    data: memoryview  # [num_bytes] of the flat tensor
+    data: memoryview  # [num_bytes] of the flat tensor, then of the extras
     sha256: str  # of the data
 
     @property
@@ -59,15 +63,17 @@ class _Declared:
     sha256: str
     features: tuple[str, ...]
     delta_norms: Mapping[str, float] | None
+    extras: str | None  # their table
 
 
 def encode(model: LoRAModel, *, base_key: str) -> VersionFile:
     """The file of `model`; what it holds depends on the model alone, so equal models have equal files."""
-    modules = packed(model.modules)
-    data = _bytes_of(modules.flat)
+    modules, has_extras = packed(model.modules), bool(model.extras)
+    data = _bytes_of(_with_extras(modules.flat, model.extras) if has_extras else modules.flat)
+    num_weights = modules.flat.numel() * modules.flat.itemsize
     digest = hashlib.sha256(data).hexdigest()
     fields = {
-        "format": _FORMAT,
+        "format": _WITH_EXTRAS if has_extras else _FORMAT,
         "version": model.version,
         "base_key": base_key,
         "sha256": digest,
@@ -75,8 +81,13 @@ def encode(model: LoRAModel, *, base_key: str) -> VersionFile:
         "delta_norms": _json(None if model.delta_norms is None else dict(model.delta_norms)),
         "layout": _layout_text(modules),
     }
-    entry = {"dtype": _DTYPE_NAMES[modules.flat.dtype], "shape": [len(modules.flat)], "data_offsets": [0, len(data)]}
-    return VersionFile(seal(f'",{_json(fields)[1:]},"weights":{_json(entry)}}}'), data, digest)
+    entry = {"dtype": _DTYPE_NAMES[modules.flat.dtype], "shape": [len(modules.flat)], "data_offsets": [0, num_weights]}
+    tensors = f'"weights":{_json(entry)}'
+    if has_extras:
+        fields["extras"] = extras_file.table_of(model.extras)
+        rest = {"dtype": "U8", "shape": [len(data) - num_weights], "data_offsets": [num_weights, len(data)]}
+        tensors += f',"extras":{_json(rest)}'
+    return VersionFile(seal(f'",{_json(fields)[1:]},{tensors}}}'), data, digest)
 
 
 def seal(text: str) -> bytes:
@@ -90,21 +101,51 @@ def seal(text: str) -> bytes:
 
 
 def read_version(
-    descriptor: int, version: AdapterVersion, *, base_key: str, layout_from: Callable[[str], PackedLayout]
+    descriptor: int,
+    version: AdapterVersion,
+    *,
+    base_key: str,
+    layout_from: Callable[[str], PackedLayout],
+    fingerprint: str = "",
 ) -> LoRAModel:
-    """The model in an open file. Raises VersionDamaged when it is not exactly what `encode` made for that version.
+    """The model in an open file. Raises VersionDamaged when it is not exactly what `encode` made for that version, or
+    when what is in it was computed from base weights that have not this `fingerprint`.
 
     `layout_from` is `parse_layout`, or a cache before it.
     """
     header, data_bytes = _read_header(descriptor)
     declared = _parse(header, version, base_key, layout_from)
     num_elements, dtype = declared.layout.num_elements, declared.dtype
-    if num_elements * dtype.itemsize != data_bytes:
+    num_weights = num_elements * dtype.itemsize
+    if num_weights > data_bytes or (declared.extras is None and num_weights != data_bytes):
         raise VersionDamaged(f"it has {data_bytes} bytes of weights, where its header says {num_elements} · {dtype}")
-    flat = HostMemory(0).empty(num_elements, dtype=dtype)  # [num_elements], given back with the adapter
-    if _fill(descriptor, _pieces(_bytes_of(flat))) != declared.sha256:
+    data = HostMemory(0).empty(data_bytes, dtype=torch.uint8)  # [data_bytes], given back with the adapter
+    if _fill(descriptor, _pieces(_bytes_of(data))) != declared.sha256:
         raise VersionDamaged("its weights do not have the digest they were stored with")
-    return LoRAModel(version, PackedModules(declared.layout, flat), declared.features, declared.delta_norms)
+    modules = PackedModules(declared.layout, data[:num_weights].view(dtype))
+    extras = _extras(declared.extras, data[num_weights:], fingerprint)
+    return LoRAModel(version, modules, declared.features, declared.delta_norms, extras)
+
+
+def _extras(table: str | None, memory: Tensor, fingerprint: str) -> AdapterExtras:
+    if table is None:
+        return NO_EXTRAS
+    try:
+        extras = extras_file.read_from(table, memory)
+    except (AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+        raise VersionDamaged(f"its table of extras is not of this program's making ({error!r})") from error
+    if extras.base_print not in ("", fingerprint):
+        raise VersionDamaged("it was prepared from other weights of the base")
+    return extras
+
+
+def _with_extras(flat: Tensor, extras: AdapterExtras) -> Tensor:
+    """The bytes of `flat` and then of the extras, in one mapping that begins at a page."""
+    weights = flat.view(torch.uint8)
+    data = HostMemory(0).empty(len(weights) + extras_file.num_bytes(extras), dtype=torch.uint8)
+    data[: len(weights)] = weights
+    extras_file.write_into(extras, data[len(weights) :])
+    return data
 
 
 def is_stored(descriptor: int, file: VersionFile) -> bool:
@@ -125,6 +166,8 @@ def parse_layout(text: str) -> PackedLayout:
 
 def packed(modules: Mapping[str, LoRAWeights]) -> PackedModules:
     """The modules as the loader packs them: themselves, if it did."""
+    if isinstance(modules, PackedModules) and not modules:
+        return modules
     (dtype,) = {tensor.dtype for weights in modules.values() for tensor in (weights.lora_a, weights.lora_b)}
     shapes = ((name, w.lora_rank, w.lora_a.shape[1], w.lora_b.shape[1]) for name, w in modules.items())
     layout = layout_of(shapes, align=ALIGNMENT // dtype.itemsize)
@@ -178,7 +221,9 @@ def _parse(
     try:
         declared = json.loads(header)
         fields = declared["__metadata__"]
-        for name, wanted in (("format", _FORMAT), ("version", version), ("base_key", base_key)):
+        table = fields.get("extras")
+        wanted_format = _FORMAT if table is None else _WITH_EXTRAS
+        for name, wanted in (("format", wanted_format), ("version", version), ("base_key", base_key)):
             if fields[name] != wanted:
                 raise VersionDamaged(f"its {name} is {fields[name]}, where {wanted} was asked for")
         features, norms = json.loads(fields["features"]), json.loads(fields["delta_norms"])
@@ -188,6 +233,7 @@ def _parse(
             fields["sha256"],
             tuple(map(intern, features)),
             None if norms is None else MappingProxyType({intern(kind): norm for kind, norm in norms.items()}),
+            table,
         )
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise VersionDamaged(f"its header is not of this program's making ({error!r})") from error

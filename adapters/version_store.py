@@ -39,13 +39,16 @@ def base_key(base: BaseModules, dtype: torch.dtype) -> str:
 
 
 class VersionStore:
-    """`folder`/`base_key` holds the versions. Whatever raises leaves what was stored before as it was."""
+    """`folder`/`base_key` holds the versions. What was computed from base weights is read back for those with this
+    `fingerprint` only. Whatever raises leaves what was stored before as it was.
+    """
 
-    def __init__(self, folder: Path, *, base_key: str) -> None:
+    def __init__(self, folder: Path, *, base_key: str, fingerprint: str = "") -> None:
         if not _BASE_KEY.fullmatch(base_key):
             raise ValueError(f"{base_key!r} cannot be a folder's name")
         self._folder = folder / base_key
         self._base_key = base_key
+        self._fingerprint = fingerprint
         self._layout_from = lru_cache(_NUM_LAYOUTS)(parse_layout)
         self._counting = Lock()
         self._sizes: dict[AdapterVersion, int] = {}  # version → bytes of its file
@@ -142,7 +145,13 @@ class VersionStore:
     def _read(self, version: AdapterVersion) -> LoRAModel:
         try:
             with _opened(self._path(version)) as descriptor:
-                return read_version(descriptor, version, base_key=self._base_key, layout_from=self._layout_from)
+                return read_version(
+                    descriptor,
+                    version,
+                    base_key=self._base_key,
+                    layout_from=self._layout_from,
+                    fingerprint=self._fingerprint,
+                )
         except FileNotFoundError:  # removed since it was seen
             self._count(version)
             raise KeyError(version) from None

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 
 import torch
 
+from adapters.adapter_facts import AdapterFacts, check_device_room, facts_of
 from adapters.adapter_ref import AdapterVersion
+from adapters.base_weights import BaseWeights
 from adapters.lora_model import LoRAModel
 from adapters.module_names import BaseModules
 from server.config import SchedulerConfig
@@ -53,6 +55,7 @@ class EngineInfo:
     base: BaseModules
     block_size: int
     memory: EngineMemory
+    weights: BaseWeights  # the base's, to be read from any thread
 
 
 class AsyncEngine:
@@ -71,8 +74,11 @@ class AsyncEngine:
             base=base.modules,
             block_size=engine.blocks.block_size,
             memory=engine.memory,
+            weights=base.weights,
         )
         self.stats = EngineStats()
+        self.facts: dict[AdapterVersion, AdapterFacts] = {}  # of the versions in host memory, or on their way there
+        self._max_loras = engine.adapters.pool.max_loras
         self._max_live = limits.max_num_seqs + limits.max_waiting
         self._streams: dict[str, RequestStream] = {}
         self._observers: list[Callable[[EngineStats], None]] = []
@@ -108,7 +114,7 @@ class AsyncEngine:
 
     def admit(self, requests: Sequence[Request]) -> list[RequestStream]:
         """Admit all of `requests` or none: QueueFull when the queue is full, Unavailable when not serving, BadRequest
-        when they would never find room.
+        when they would never find room, AdapterCapacity when their adapters would not on the device.
         """
         if not self.is_healthy:
             raise Unavailable("the server is shutting down" if self._is_draining else "the engine is not running")
@@ -122,6 +128,8 @@ class AsyncEngine:
                 f"{len(self._streams)} requests are in flight and {len(requests)} more would pass the limit of "
                 f"{self._max_live}; retry later or raise --max-waiting"
             )
+        for request in requests:
+            check_device_room(request.adapters, self.facts, self.info.memory.lora_rows, self._max_loras)
         streams = [RequestStream(request, self._abort) for request in requests]
         self._streams.update((stream.request.request_id, stream) for stream in streams)
         for request in requests:
@@ -136,10 +144,13 @@ class AsyncEngine:
         """
         if self._is_draining:
             raise Unavailable("the server is shutting down")
-        return self._ask(lambda done: LoadAdapter(model, done))
+        loading = self._ask(lambda done: LoadAdapter(model, done))
+        self.facts[model.version] = facts_of(model)
+        return loading
 
     def unload_adapter(self, version: AdapterVersion) -> Awaitable[None]:
-        """Free a version that no request uses any more, in host and device memory."""
+        """Free a version that no request uses any more, in host and device memory. Also what failed to load."""
+        self.facts.pop(version, None)
         return self._ask(lambda done: UnloadAdapter(version, done))
 
     def check_integrity(self) -> Awaitable[None]:

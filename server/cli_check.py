@@ -10,16 +10,17 @@ from typing import Annotated
 import torch
 from cyclopts import Parameter
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from adapters.checkpoint import CheckpointLimits, LoadedAdapter, load_lora_model
 from adapters.errors import AdapterError, AdapterRefused
-from adapters.module_names import BaseModules, linears_of
+from adapters.module_names import BaseModules
 from server.cli_failure import CommandFailed
 from server.cli_options import Count
 from server.config import LoRALimits, ModelConfig
 from server.default_model import ModelUnavailable, resolve_model
 from server.engine.base_model import compute_dtype
+from server.engine.model_outline import from_config, outline_of
 from server.memory_size import format_memory
 
 _LIMITS = LoRALimits()
@@ -78,8 +79,8 @@ def outline(model_folder: Path) -> tuple[BaseModules, torch.dtype]:
     """The linears of the model in `model_folder` and the dtype it computes in, from its config alone."""
     config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return linears_of(model), compute_dtype(ModelConfig().dtype, config)
+        model = from_config(config)
+    return outline_of(model), compute_dtype(ModelConfig().dtype, config)
 
 
 def _print_verdict(loaded: LoadedAdapter, folder: Path, base: BaseModules, as_json: bool, console: Console) -> None:

@@ -7,6 +7,7 @@ ServerError
 ├── Forbidden                  403 insufficient_permissions
 ├── ModelNotFound              404 model_not_found
 ├── BodyTooSlow                408 request_timeout: nothing of the body came for a while
+├── AdapterConflict            409 adapter_conflict: adapters of one request replace the same part of the model
 ├── BodyTooLarge               413 request_too_large
 ├── QueueFull                  429 rate_limit_exceeded, with Retry-After
 ├── Unavailable                503 server_unavailable (starting or draining), with Retry-After
@@ -61,6 +62,12 @@ class BodyTooSlow(ServerError):
     status = 408
     error_type = "invalid_request_error"
     code = "request_timeout"
+
+
+class AdapterConflict(ServerError):
+    status = 409
+    error_type = "invalid_request_error"
+    code = "adapter_conflict"
 
 
 class BodyTooLarge(ServerError):

@@ -1,4 +1,4 @@
-"""Turns (prompts × n) into admitted engine requests under one lease: all of them or none.
+"""Turns (prompts × n) into admitted engine requests under one hold of adapters: all of them or none.
 
 Knows nothing of JSON or of how replies look; what becomes of the requests is server/api/generation.py's.
 """
@@ -9,10 +9,11 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from starlette.types import Receive
 
-from adapters.adapter_ref import Lease
+from server.api.adapter_choice import AdapterFields, adapter_choice
+from server.api.adapter_hold import AdapterHold
 from server.api.context import RequestStream, ServerContext
 from server.api.generation import Choice, Generation, GenerationSpec, Usage
-from server.api.leasing import lease_adapter, until_ready
+from server.api.leasing import hold_adapters, refuse_revoked, until_ready
 from server.api.sampling import with_seed
 from server.engine.request import Request
 from server.text_stream import TextStream
@@ -20,46 +21,48 @@ from server.text_stream import TextStream
 
 async def start_generation(
     context: ServerContext,
-    model: str,
+    fields: AdapterFields,
     prepare: Callable[[], Awaitable[GenerationSpec]],
     *,
     key: str | None,
     receive: Receive,
 ) -> Generation:
-    """Lease the adapter, prepare (encode, check lengths) under the lease, wait until it is in memory, admit all choices
-    or none. `key` keeps an alias's choice the same.
+    """Lease the adapters, wait until they are in memory, prepare (encode, check lengths) under the leases, admit all
+    choices or none. `key` keeps an alias's choice the same.
 
-    Raises ModelNotFound, AdapterNotReady, ClientGone, whatever `prepare` raises, QueueFull or Unavailable; then nothing
-    is left behind.
+    Raises ModelNotFound, AdapterNotReady, AdapterConflict, ClientGone, whatever `prepare` raises, QueueFull or
+    Unavailable; then nothing is left behind.
     """
-    lease = await lease_adapter(context, model, key, receive)
+    modules = [name for name, _ in context.config.lora_modules]
+    choice = adapter_choice(fields, modules=modules, bases=context.adapters.base_names)
+    hold = await hold_adapters(context, choice, key, receive)
     try:
+        await until_ready(context, hold, receive)
+        hold.refuse_conflicts(context.engine.facts)
         spec = await prepare()
-        await until_ready(context, lease, receive)
-        return _admit(context, lease, spec)
+        refuse_revoked(hold)
+        return _admit(context, hold, spec)
     except BaseException:
-        if lease is not None:
-            lease.release()
+        hold.release()
         raise
 
 
-def _admit(context: ServerContext, lease: Lease | None, spec: GenerationSpec) -> Generation:
-    requests = _requests(context, lease, spec)
+def _admit(context: ServerContext, hold: AdapterHold, spec: GenerationSpec) -> Generation:
+    requests = _requests(context, hold, spec)
     streams = context.engine.admit(requests)
     try:
-        generation = _generation(context, lease, spec, requests, streams)
-        if lease is not None:
-            lease.on_revoked = generation.revoke
+        generation = _generation(context, hold, spec, requests, streams)
+        hold.on_revoked(generation.revoke)
         return generation
     except BaseException:
-        for stream in streams:  # before the lease is given back: the engine must not meet a freed version
+        for stream in streams:  # before the leases are given back: the engine must not meet a freed version
             stream.abort()
         raise
 
 
 def _generation(
     context: ServerContext,
-    lease: Lease | None,
+    hold: AdapterHold,
     spec: GenerationSpec,
     requests: Sequence[Request],
     streams: Sequence[RequestStream],
@@ -70,7 +73,7 @@ def _generation(
             index=index,
             is_first_of_prompt=index % spec.n == 0,
             stream=stream,
-            lease=lease,
+            hold=hold,
             text=TextStream(
                 context.tokenizer,
                 request.prompt_token_ids,
@@ -80,7 +83,7 @@ def _generation(
                 request.sampling_params.min_tokens,
             ),
             metrics=context.metrics.request_started(
-                adapter=None if lease is None else lease.ref.name,
+                adapter=hold.label,
                 num_prompt_tokens=request.num_prompt_tokens,
                 arrival_time=request.arrival_time,
             ),
@@ -88,19 +91,20 @@ def _generation(
         )
         for index, (request, stream) in enumerate(zip(requests, streams, strict=True))
     ]
-    return Generation(spec=spec, lease=lease, choices=choices, usage=usage)
+    return Generation(spec=spec, hold=hold, choices=choices, usage=usage)
 
 
-def _requests(context: ServerContext, lease: Lease | None, spec: GenerationSpec) -> list[Request]:
+def _requests(context: ServerContext, hold: AdapterHold, spec: GenerationSpec) -> list[Request]:
     stem = uuid.uuid4().hex
     eos = frozenset() if spec.ignore_eos else context.engine.info.eos_token_ids
+    uses = [hold.uses(context.engine.facts, prompt.token_ids) for prompt in spec.prompts]
     return [
         Request(
             request_id=f"{stem}-{at * spec.n + choice}",
             prompt_token_ids=prompt.token_ids,
             sampling_params=with_seed(prompt.params, spec.seed, choice),
             stop_ids=eos | frozenset(prompt.params.stop_token_ids),
-            adapters=() if lease is None else (lease.ref.use,),
+            adapters=uses[at],
             arrival_time=time.monotonic(),
         )
         for at, prompt in enumerate(spec.prompts)

@@ -27,7 +27,7 @@ async def answer(
     request: Request, generation: Generation, writer: Writer, *, is_stream: bool, count_error: CountError
 ) -> Response:
     """Raises ClientGone when the client leaves before a whole reply; a stream looks after that itself."""
-    headers = adapter_headers(generation)
+    headers = adapter_headers(generation.hold)
     if is_stream:
         return SSEResponse(writer.events(), close=generation.close, count_error=count_error, headers=headers)
     try:

@@ -37,10 +37,10 @@ async def create_chat_completion(
 ) -> Response:
     check_choices(body.n, context.config.http.max_n)
     generation = await start_generation(
-        context, body.model, lambda: _prepare(context, body), key=body.sticky_key, receive=request.receive
+        context, body, lambda: _prepare(context, body), key=body.sticky_key, receive=request.receive
     )
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
-    envelope = Envelope.new(context, prefix="chatcmpl", kind=kind, model=body.model)
+    envelope = Envelope.new(context, generation, prefix="chatcmpl", kind=kind, model=body.model)
     writer = _Writer(context, body, generation, envelope)
     return await answer(request, generation, writer, is_stream=body.stream, count_error=context.metrics.error)
 

@@ -39,9 +39,9 @@ async def create_completion(
 ) -> Response:
     check_choices(body.n, context.config.http.max_n)
     generation = await start_generation(
-        context, body.model, lambda: _prepare(context, body), key=body.sticky_key, receive=request.receive
+        context, body, lambda: _prepare(context, body), key=body.sticky_key, receive=request.receive
     )
-    envelope = Envelope.new(context, prefix="cmpl", kind="text_completion", model=body.model)
+    envelope = Envelope.new(context, generation, prefix="cmpl", kind="text_completion", model=body.model)
     writer = _Writer(context, body, generation, envelope)
     return await answer(request, generation, writer, is_stream=body.stream, count_error=context.metrics.error)
 

@@ -4,12 +4,14 @@
 routes are tested against a fake that needs no model. Nothing here knows of JSON or of text.
 """
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from fastapi import Request as HTTPRequest
 
+from adapters.adapter_facts import AdapterFacts
+from adapters.adapter_ref import AdapterVersion
 from server.config import ServerConfig
 from server.engine.request import EngineStats, Request, RequestOutput
 from server.lifecycle.adapter_service import AdapterService
@@ -49,6 +51,9 @@ class EngineClient(Protocol):
     def stats(self) -> EngineStats: ...
     @property
     def is_healthy(self) -> bool: ...
+    @property
+    def facts(self) -> Mapping[AdapterVersion, AdapterFacts]:
+        """Of every version in host memory."""
 
     def admit(self, requests: Sequence[Request]) -> Sequence[RequestStream]:
         """Admit all or none; raise QueueFull, Unavailable or BadRequest."""

@@ -1,8 +1,8 @@
-"""One generation: (prompts × n) admitted engine requests under one lease, and their streams turned into text.
+"""One generation: (prompts × n) admitted engine requests under one hold, and their streams turned into text.
 
 Both routes, streaming or not, read it; server/api/admission.py makes it. Knows nothing of JSON, of HTTP, or of how
 replies look. Whatever ends a generation, `close` gives everything back: live requests are aborted, their metrics ended,
-the lease released.
+the adapters released.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from adapters.adapter_ref import Lease
+from server.api.adapter_hold import AdapterHold
 from server.api.context import RequestStream
 from server.api.leasing import refuse_revoked
 from server.engine.request import FinishReason, RequestOutput, SamplingParams, TokenLogprob
@@ -76,7 +76,7 @@ class Choice:
     index: int
     is_first_of_prompt: bool
     stream: RequestStream
-    lease: Lease | None
+    hold: AdapterHold
     text: TextStream
     metrics: RequestMetrics
     usage: Usage
@@ -121,7 +121,7 @@ class Choice:
             raise EngineFailure(_ENGINE_FAILED)
         if output.finish_reason is FinishReason.ABORT:
             self.is_finished = True
-            refuse_revoked(self.lease)
+            refuse_revoked(self.hold)
             raise Unavailable(_SHUT_DOWN)
 
     def _count(self, output: RequestOutput, num_used: int) -> None:
@@ -143,17 +143,13 @@ class Choice:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Generation:
-    """Admitted choices under one lease. Read `deltas` to the end or not at all; call `close` in either case."""
+    """Admitted choices under one hold. Read `deltas` to the end or not at all; call `close` in either case."""
 
     spec: GenerationSpec
-    lease: Lease | None
+    hold: AdapterHold
     choices: list[Choice]
     usage: Usage
     _pumps: list[asyncio.Task[None]] = field(default_factory=list)
-
-    @property
-    def adapter_version(self) -> str | None:
-        return None if self.lease is None else self.lease.ref.version
 
     def deltas(self) -> AsyncIterator[ChoiceDelta]:
         """The deltas of all choices as they come; raises EngineFailure or Unavailable when one of them is lost."""
@@ -182,8 +178,7 @@ class Generation:
         for choice in self.choices:
             if not choice.is_finished:
                 choice.close()
-        if self.lease is not None:
-            self.lease.release()
+        self.hold.release()
 
 
 async def _pump(choice: Choice, merged: "asyncio.Queue[ChoiceDelta | Exception]") -> None:

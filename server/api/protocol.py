@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from server.api.adapter_choice import AdapterFields
 from server.api.unsupported import is_one_of, refuse_unsupported
 from server.errors import BadRequest
 
 MAX_TEXT_CHARS = 2**20
-MAX_MODEL_CHARS = 512
 MAX_USER_CHARS = 512
 MAX_PROMPTS = 128
 MAX_CHOICES = 128  # n · prompts
@@ -69,12 +69,9 @@ TokenId = Annotated[int, Field(ge=0, le=TOKEN_ID_LIMIT)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
-class GenerationFields(BaseModel):
+class GenerationFields(AdapterFields):
     """What both routes share."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=True)
-
-    model: str = Field(min_length=1, max_length=MAX_MODEL_CHARS)
     max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     min_tokens: int = Field(0, ge=0, le=MAX_TOKENS)
     temperature: float = Field(1.0, ge=0, le=2)

@@ -8,16 +8,18 @@ import hashlib
 import math
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from server.api.adapter_hold import AdapterHold
 from server.api.context import ServerContext
 from server.api.generation import Generation, Usage
 from server.engine.request import TokenLogprob
 from server.tokenizer import Tokenizer
 
 ADAPTER_VERSION_HEADER = "x-loramux-adapter-version"
+ADAPTERS_HEADER = "x-loramux-adapters"
 _LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
 
@@ -30,11 +32,13 @@ class Envelope:
     model: str
     created: int
     system_fingerprint: str
+    adapters: Mapping[str, Any]  # {} but where the request gave weights or a list
 
     @classmethod
-    def new(cls, context: ServerContext, *, prefix: str, kind: str, model: str) -> "Envelope":
+    def new(cls, context: ServerContext, generation: Generation, *, prefix: str, kind: str, model: str) -> "Envelope":
         reply_id = f"{prefix}-{uuid.uuid4().hex}"
-        return cls(reply_id, kind, model, int(time.time()), system_fingerprint(context))
+        adapters = adapters_body(generation.hold)
+        return cls(reply_id, kind, model, int(time.time()), system_fingerprint(context), adapters)
 
     def wrap(self, choices: list[dict[str, Any]], **rest: Any) -> dict[str, Any]:
         return {
@@ -44,6 +48,7 @@ class Envelope:
             "model": self.model,
             "system_fingerprint": self.system_fingerprint,
             "choices": choices,
+            **self.adapters,
             **rest,
         }
 
@@ -55,9 +60,23 @@ def system_fingerprint(context: ServerContext) -> str:
     return f"fp_{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
 
 
-def adapter_headers(generation: Generation) -> dict[str, str]:
-    version = generation.adapter_version
-    return {} if version is None else {ADAPTER_VERSION_HEADER: version}
+def adapter_headers(hold: AdapterHold) -> dict[str, str]:
+    """The version, of one adapter; names, versions and weights where the request gave weights or a list."""
+    headers: dict[str, str] = {}
+    if len(hold.adapters) == 1:
+        headers[ADAPTER_VERSION_HEADER] = hold.adapters[0].version
+    if hold.is_composed:
+        each = (f"{held.name}={held.version};w={held.weight:.12g}" for held in hold.adapters)
+        headers[ADAPTERS_HEADER] = ", ".join(each)
+    return headers
+
+
+def adapters_body(hold: AdapterHold) -> dict[str, Any]:
+    """What was made of the weights a request gave: sums of equal versions, nothing of weight 0."""
+    if not hold.is_composed:
+        return {}
+    held = [{"name": each.name, "version": each.version, "weight": each.weight} for each in hold.adapters]
+    return {"adapters": held}
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from server.errors import BadRequest
 
-_USE_MODEL = "name the adapter in 'model'"
+_USE_MODEL = "name the adapter in 'model' or 'adapters'"
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "audio": (),
@@ -50,7 +50,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 _DIALECTS: Mapping[str, str] = {
     "adapter_id": _USE_MODEL,
     "adapter_source": _USE_MODEL,
-    "lora": _USE_MODEL,
     "lora_path": _USE_MODEL,
     "merged_adapters": _USE_MODEL,
 }

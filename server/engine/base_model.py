@@ -15,14 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from adapters.module_names import BaseModules, linears_of
+from adapters.base_weights import BaseWeights
+from adapters.module_names import BaseModules
 from adapters.shared_inputs import SharedInputs
 from server.config import ModelConfig
 from server.engine.attention import select_backend
 from server.engine.attention.interface import ATTENTION_NAME, KVLayer, LayerBinding, StepContext, attention, bind
 from server.engine.kv_cache import KVShape
+from server.engine.live_weights import LiveWeights, fingerprint
+from server.engine.model_outline import auto_class, from_config, outline_of
 
 _DISCOVERY_NAME = "loramux-discovery"
 
@@ -51,6 +54,7 @@ class BaseModel:
     context: StepContext
     bindings: tuple[LayerBinding, ...]  # in the order of kv_shapes
     keeps_logits: bool  # forward takes logits_to_keep
+    weights: BaseWeights
 
     @property
     def weight_bytes(self) -> int:
@@ -80,7 +84,7 @@ def load_base_model(folder: Path, name: str, settings: ModelConfig) -> BaseModel
     nn.Module.to(model, device)  # model.to itself is wrapped by transformers in a way that loses its type
     max_model_len = _max_model_len(name, config, settings.max_model_len)
     _pin_rope(model, max_model_len)
-    modules = linears_of(model)
+    modules = outline_of(model)
     shared_inputs = SharedInputs()
     with shared_inputs.watching({name: model.get_submodule(name) for name in modules.linears}):
         shapes, attention_layers = _discover_attention(model, name)
@@ -105,7 +109,12 @@ def load_base_model(folder: Path, name: str, settings: ModelConfig) -> BaseModel
         context=context,
         bindings=bindings,
         keeps_logits="logits_to_keep" in inspect.signature(model.forward).parameters,
+        weights=LiveWeights(lambda: model, _fingerprint(folder, settings)),
     )
+
+
+def _fingerprint(folder: Path, settings: ModelConfig) -> str:
+    return f"dummy {settings.seed}" if settings.load_format == "dummy" else fingerprint(folder)
 
 
 def _suit_to_cpu(
@@ -137,9 +146,9 @@ def _load_weights(
     if settings.load_format == "dummy":
         torch.manual_seed(settings.seed)
         with device:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+            model = from_config(config, dtype=dtype, attn_implementation="eager")
     else:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(config).from_pretrained(
             folder,
             config=config,
             dtype=dtype,

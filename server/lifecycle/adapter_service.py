@@ -12,15 +12,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
-from adapters.adapter_ref import AdapterVersion, Lease
+from adapters.adapter_ref import AdapterVersion
 from adapters.errors import AdapterError
 from adapters.lora_model import LoRAModel
 from adapters.registry import AdapterRegistry
 from adapters.version_store import VersionStore
 from server.config import LoRALimits
 from server.engine.request import EngineStats
-from server.errors import ModelNotFound, ServerError, Unavailable
+from server.errors import ServerError, Unavailable
 from server.lifecycle.adapter_events import AdapterEvents
+from server.lifecycle.adapter_leases import AdapterLeases
 from server.lifecycle.adapter_loader import AdapterLoader
 from server.lifecycle.adapter_view import AdapterView
 from server.lifecycle.alias_service import AliasService
@@ -28,6 +29,7 @@ from server.lifecycle.catalogue import Catalogue
 from server.lifecycle.control import WantedAdapter
 from server.lifecycle.device_watch import DeviceWatch
 from server.lifecycle.directory import AdapterDirectory
+from server.lifecycle.ensure_all import EnsureAll
 from server.lifecycle.expiry import is_over, sweep_forever
 from server.lifecycle.following import follow
 from server.lifecycle.host_tier import HostTier
@@ -63,7 +65,7 @@ class AdapterEngine(Protocol):
     def unload_adapter(self, version: AdapterVersion) -> Awaitable[None]: ...
 
 
-class AdapterService(ReconcilerControl):
+class AdapterService(AdapterLeases, ReconcilerControl):
     """`base_names` are the served names of the base model, `row_bytes` what one rank takes in the device's pools,
     `cold_timeout` how many seconds a request waits for an adapter that is not in memory, `keep_versions` how many
     replaced versions a name keeps on disk, `server_id` what it is known as after a restart."""
@@ -91,7 +93,7 @@ class AdapterService(ReconcilerControl):
         self.engine = engine
         self.store = store
         self._metrics = metrics
-        self._cold_timeout = cold_timeout
+        self.cold_timeout = cold_timeout
         self._server_id = server_id
         self.events = AdapterEvents()
         self.registry = AdapterRegistry(
@@ -100,6 +102,7 @@ class AdapterService(ReconcilerControl):
         self.directory = AdapterDirectory(catalogue, self.registry, self._on_record)
         locks, reader = VersionLocks(), SourceReader(sources, read)
         self.host = self._host_tier(StoredVersions(store, reader, self.directory).read, limits)
+        self.together = EnsureAll(self.host)
         self.loader = self._adapter_loader(reader, locks, keep_versions)
         self.device = DeviceWatch(lambda: engine.stats, self.directory, row_bytes=row_bytes, on_change=self._on_version)
         self.keeper = self._version_keeper(locks)
@@ -107,7 +110,7 @@ class AdapterService(ReconcilerControl):
         self.names = ModelNames(base_names, self.registry, self.directory.aliases)
         self.changes = NameChanges(self.directory, self.registry, self.loader, self.host)
         self._unloading = Unloading(self.directory, self.registry, self.loader, self.keeper)
-        self._misses = WaitingForNames(
+        self.misses = WaitingForNames(
             self.loader, self.directory.records, template, check_name=self.check_name, timeout=cold_timeout
         )
         self._tasks: list[asyncio.Task[None]] = []
@@ -188,44 +191,6 @@ class AdapterService(ReconcilerControl):
         await self.host.close()
         await self.keeper.settle()
         await self.directory.close()
-
-    # Names to versions.
-
-    def acquire(self, model: str, key: str | None = None) -> Lease | None:
-        """Resolve what a client asked for and hold it; None = the base model. Raises ModelNotFound.
-
-        `key` (the user or seed of the request) keeps an alias's choice the same. The version may not be in memory yet:
-        `ready` waits for it.
-        """
-        named = self.names.resolve(model, key)
-        if named is None:
-            return None
-        if named.version is None:
-            return self.registry.acquire(named.name)
-        return self.registry.acquire_version(named.name, named.version)
-
-    async def resolve(self, model: str, key: str | None = None) -> Lease | None:
-        """`acquire`, waiting for a name that is being loaded or can be found. Raises ModelNotFound, AdapterNotReady,
-        AdapterFailed.
-        """
-        try:
-            return self.acquire(model, key)
-        except ModelNotFound:
-            for name in self.names.candidates(model):
-                if await self._misses.wait(name):
-                    return self.acquire(model, key)
-            raise
-
-    def is_ready(self, lease: Lease) -> bool:
-        """`ready` would return at once."""
-        return self.host.is_at_hand(lease.ref.version)
-
-    async def ready(self, lease: Lease | None) -> None:
-        """The leased version is in host memory when this returns, at once when it was there, and stays while the lease
-        is open. Raises AdapterNotReady, QueueFull, and what reading it raises.
-        """
-        if lease is not None:
-            await self.host.ensure(lease.ref.version, lease.ref.num_bytes, timeout=self._cold_timeout)
 
     # Changes of a name.
 

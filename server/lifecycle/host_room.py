@@ -6,7 +6,7 @@ the one worth least (`lfu_with_ageing`). Knows no event loop, no engine and no f
 somebody else sees to it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from adapters.adapter_ref import AdapterVersion
 from adapters.errors import AdapterCapacity
@@ -202,6 +202,22 @@ class HostRoom:
             raise AdapterCapacity(
                 f"{len(others)} adapters are pinned, which is max_cpu_loras={self.max_adapters}; unpin one, or restart "
                 "with a larger --max-cpu-loras"
+            )
+
+    def check_together(self, sizes: Mapping[AdapterVersion, int]) -> None:
+        """As `check`, of several versions at one moment."""
+        others = [size for pinned, size in self._pins.items() if pinned not in sizes]
+        num_bytes = sum(sizes.values())
+        if num_bytes + sum(others) > self.max_bytes:
+            raise AdapterCapacity(
+                f"the {len(sizes)} adapters take {num_bytes} bytes of host memory together, and of "
+                f"cpu_lora_memory={self.max_bytes} pinned adapters hold {sum(others)}; name fewer, or restart with a "
+                "larger --cpu-lora-memory"
+            )
+        if self.max_adapters is not None and len(sizes) + len(others) > self.max_adapters:
+            raise AdapterCapacity(
+                f"{len(sizes)} adapters are named and {len(others)} others pinned, over "
+                f"max_cpu_loras={self.max_adapters}; name fewer, or restart with a larger --max-cpu-loras"
             )
 
     def pin(self, version: AdapterVersion, num_bytes: int, largest_waiting: int = 0) -> None:

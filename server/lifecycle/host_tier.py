@@ -5,12 +5,13 @@ Owned by the event loop: no locks. The weights stay in the engine; this module s
 (`arrivals`); how long is bounded by `drain_rule`. Knows nothing of names, files, HTTP or devices.
 
 Whoever calls `ensure` holds one lease on the version for the call; a version somebody holds a lease on is never evicted
-or dropped. Callers still queued hold leases too, and do not use the version yet: they count for nothing.
-"""
+or dropped. Leases of callers still queued, and those set aside by who waits for another (ensure_all), do not count."""
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 
 from adapters.adapter_ref import AdapterVersion
 from adapters.lora_model import LoRAModel
@@ -23,10 +24,6 @@ from server.lifecycle.host_tier_counters import HostTierCounters
 from server.lifecycle.host_traffic import HostEngine, HostTraffic, ReadVersion
 
 logger = logging.getLogger(__name__)
-
-
-def _ignore(version: AdapterVersion) -> None:
-    pass
 
 
 class HostTier:
@@ -44,7 +41,7 @@ class HostTier:
         max_adapters: int | None = None,
         drain_after: float = 3.0,
         max_waiting: int = 512,
-        on_change: Callable[[AdapterVersion], None] = _ignore,
+        on_change: Callable[[AdapterVersion], None] = lambda version: None,
     ) -> None:
         self.counters = HostTierCounters()
         self._num_leases = num_leases
@@ -54,6 +51,7 @@ class HostTier:
         self._drain = DrainRule(self._room, self._queue, after=drain_after)
         self._traffic = HostTraffic(engine, read, self._room, self.counters, on_change=on_change, on_end=self._pump)
         self._pin_tasks: dict[AdapterVersion, asyncio.Task[None]] = {}
+        self._aside: Counter[AdapterVersion] = Counter()
         self._num_waiting = 0
         self._is_closed = False
 
@@ -65,15 +63,33 @@ class HostTier:
         AdapterNotReady after `timeout` seconds, and whatever reading it raised.
         """
         if self.is_at_hand(version):
-            self.counters.hits += 1
+            self.hit(version)
         else:
             self.counters.misses += 1
             await self._wait(version, num_bytes, timeout)
-        self._room.use(version)
+            self._room.use(version)
 
     def is_at_hand(self, version: AdapterVersion) -> bool:
         """`ensure` would return at once."""
         return version in self._room and not (self._queue and self._drain.holds_back(version, _now()))
+
+    def hit(self, version: AdapterVersion) -> None:  # what `ensure` counts of a version at hand
+        self.counters.hits += 1
+        self._room.use(version)
+
+    def check_together(self, sizes: Mapping[AdapterVersion, int]) -> None:
+        """Raises AdapterCapacity when these would not fit at one moment even if everybody left who ever may."""
+        self._room.check_together(sizes)
+
+    @contextmanager
+    def setting_aside(self, versions: Collection[AdapterVersion]) -> Iterator[None]:
+        """One lease of the caller's on each of these counts for nothing for a while."""
+        self._aside.update(versions)
+        self._pump()
+        try:
+            yield
+        finally:
+            self._aside -= Counter(versions)
 
     def released(self, version: AdapterVersion) -> None:
         """A lease on the version was given back, the last or not: somebody queued may hold another."""
@@ -147,8 +163,9 @@ class HostTier:
             arrival = self._traffic.loading(version)
             if arrival is None:
                 self._room.check(version, num_bytes)
-                victims = None if self._queue or self._is_closed else self._reserve(version, num_bytes)
-                if victims is None:
+                if self._queue or self._is_closed:
+                    return False
+                if (victims := self._room.reserve(version, num_bytes, self._room.spare())) is None:
                     return False
                 arrival = Arrival(version, num_bytes, since=_now(), model=model)
                 self._traffic.evict(victims)
@@ -226,10 +243,7 @@ class HostTier:
     # Who comes and who leaves.
 
     def _is_held(self, version: AdapterVersion) -> bool:
-        return self._num_leases(version) > self._queue.num_waiting_for(version)
-
-    def _reserve(self, version: AdapterVersion, num_bytes: int) -> list[AdapterVersion] | None:
-        return self._room.reserve(version, num_bytes, self._room.spare())
+        return self._num_leases(version) > self._queue.num_waiting_for(version) + self._aside[version]
 
     def _pump(self) -> None:
         """Start what has room, in order. One that has none is overtaken until it is due."""

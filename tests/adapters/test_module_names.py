@@ -48,6 +48,17 @@ class OddLinear(nn.Linear):
         return super().forward(x) * 2
 
 
+class FalconLinear(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + (0 if self.bias is None else self.bias)
+
+
+def test_a_subclass_that_computes_a_linear_in_its_own_words_is_one() -> None:
+    assert linears_of(nn.Sequential(FalconLinear(6, 4), FalconLinear(4, 6, bias=False))).linears == {
+        "0": LinearShape(6, 4), "1": LinearShape(4, 6)
+    }  # fmt: skip
+
+
 def test_modules_where_lora_would_be_wrong_or_idle_are_excluded() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:

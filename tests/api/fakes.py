@@ -1,9 +1,11 @@
 """An engine and an adapter service without model or files, behaving as their contracts say."""
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from adapters.adapter_facts import AdapterFacts
 from adapters.adapter_ref import AdapterRef, AdapterVersion, Lease
 from server.engine.request import EngineStats, FinishReason, Request, RequestOutput, TokenLogprob
 from server.errors import ModelNotFound, ServerError
@@ -37,6 +39,7 @@ class FakeAsyncEngine:
         self.tokenizer = tokenizer
         self.info = info or FakeInfo()
         self.stats = EngineStats()
+        self.facts: dict[AdapterVersion, AdapterFacts] = defaultdict(AdapterFacts)
         self.is_healthy = True
         self.texts: dict[str | None, str] = {None: REPLY}
         self.refuse: ServerError | None = None
@@ -150,6 +153,7 @@ class FakeAdapters:
     refs: Mapping[str, AdapterRef]
     open_leases: list[Lease] = field(default_factory=list)
     num_acquired: int = 0
+    base_names = (BASE,)
     keys: list[str | None] = field(default_factory=list)  # what each request asked an alias's choice to go by
 
     async def resolve(self, model: str, key: str | None = None) -> Lease | None:
@@ -167,11 +171,14 @@ class FakeAdapters:
         self.num_acquired += 1
         return lease
 
+    def expects(self, model: str) -> bool:
+        return model.removeprefix(f"{BASE}:") in self.refs
+
     def is_ready(self, lease: Lease) -> bool:
         return True
 
-    async def ready(self, lease: Lease | None) -> None:
-        assert lease is None or lease in self.open_leases
+    async def ready_all(self, leases: Sequence[Lease]) -> None:
+        assert all(lease in self.open_leases for lease in leases)
 
 
 def adapter_ref(name: str, digit: str) -> AdapterRef:

@@ -61,6 +61,28 @@ SHARED: list[tuple[str, list[Any], list[Any]]] = [
     ("stream_options", [None], [{"include_usage": True}, 3]),
     ("return_token_ids", [True, False], [1, "true"]),
     ("user", ["", "u" * protocol.MAX_USER_CHARS, "\u00e9"], ["u" * (protocol.MAX_USER_CHARS + 1), 3, True, ["u"]]),
+    (
+        "adapters",
+        [
+            [], None, [{"name": "sql"}], [{"name": "sql", "weight": 16}], [{"name": "sql", "weight": -16.0}],
+            [{"name": "sql", "weight": 0}], [{"name": "sql", "weight": 2}] * 8, [{"name": "x" * 512, "weight": 1}][:0],
+        ],
+        [
+            ["sql"], [{}], [{"weight": 1}], [{"name": ""}], [{"name": 3}], [{"name": None}], [{"name": "x" * 513}],
+            [{"name": "sql", "weight": 16.01}], [{"name": "sql", "weight": -17}], [{"name": "sql", "weight": True}],
+            [{"name": "sql", "weight": "1"}], [{"name": "sql", "weight": None}], [{"name": "sql"}] * 9, {"sql": 1},
+            "sql", 5, True, [[]], [{"name": BASE}], [{"name": "sql"}, {"name": BASE}],
+        ],
+    ),
+    (
+        "lora",
+        [[], None, [{"id": "sql", "scale": 0.5}], [{"id": "sql", "scale": 0}, {"id": "team/chat", "scale": -16}]],
+        [
+            [{"id": 0, "scale": 1}], [{"id": -1, "scale": 1}], [{"id": 2**31, "scale": 1}], [{"id": True, "scale": 1}],
+            [{"id": 1.0, "scale": 1}], [{"id": "", "scale": 1}], [{"id": "sql"}], [{"scale": 1}], ["sql"], "sql", 5,
+            [{"id": "sql", "scale": 16.1}], [{"id": "sql", "scale": "1"}], [{"id": "sql", "scale": 1}] * 9,
+        ],
+    ),
     ("safety_identifier", ["", "u" * protocol.MAX_USER_CHARS], ["u" * (protocol.MAX_USER_CHARS + 1), 3, {}]),
 ]  # fmt: skip
 

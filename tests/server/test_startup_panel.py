@@ -7,12 +7,14 @@ import shlex
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 from adapters.adapter_ref import AdapterRef, AdapterVersion
 from adapters.module_names import BaseModules
 from server.async_engine import EngineInfo
 from server.config import HTTPConfig, ServerConfig
 from server.engine.engine import EngineMemory
+from server.engine.live_weights import LiveWeights
 from server.startup_panel import Started, curl_command, show
 
 _INFO = EngineInfo(
@@ -26,6 +28,7 @@ _INFO = EngineInfo(
     base=BaseModules("llama", {}),
     block_size=16,
     memory=EngineMemory(weights=2**28, kv_cache=2**30, lora_pools=2**29, num_blocks=100, lora_rows=512),
+    weights=LiveWeights(lambda: nn.Linear(2, 2), "none"),
 )
 
 

@@ -11,6 +11,7 @@ from adapters.adapter_ref import AdapterVersion
 from adapters.host_cache import HostCache
 from adapters.lora_model import LoRAModel, LoRAWeights
 from server.errors import ServerError
+from server.lifecycle.ensure_all import EnsureAll
 from server.lifecycle.host_tier import HostTier
 
 STEP = 0.02  # seconds: what is put in the engine's inbox is done so much later
@@ -101,6 +102,7 @@ class World:
             on_change=self.changes.append,
             **options,
         )
+        self.together = EnsureAll(self.tier)
 
     async def _read(self, version: AdapterVersion) -> LoRAModel:
         self.reads.append(version)
@@ -145,6 +147,23 @@ class World:
             raise
         self.using[version] += 1
         return version
+
+    async def ask_all(self, names: str, *, timeout: float = 100.0) -> None:
+        """As `ask`, of several names of one letter for one request."""
+        versions = [version_of(name) for name in names]
+        self.leases.update(versions)
+        try:
+            await self.together.ensure({version: self.sizes[version] for version in versions}, timeout)
+            assert all(version in self.engine.host for version in versions), "promised and not there together"
+        except BaseException:
+            for version in versions:
+                self.give_back(version)
+            raise
+        self.using.update(versions)
+
+    def done_all(self, names: str) -> None:
+        for name in names:
+            self.done(name)
 
     def done(self, name: str) -> None:
         """A request that `ask` let in has ended."""

@@ -1,0 +1,66 @@
+"""What must be known of an adapter where requests are admitted: small, without weights. Knows no request.
+
+`adapter_extras` says what each of these is; a plain adapter has none of it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from adapters.adapter_ref import AdapterUse, AdapterVersion
+from adapters.errors import AdapterCapacity
+from adapters.lora_model import LoRAModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFacts:
+    lora_rank: int = 0  # the widest
+    vocab_size: int | None = None  # None = the base's
+    invocation_tokens: tuple[int, ...] = ()
+    replaced: frozenset[str] = frozenset()
+    tokenizer_files: Mapping[str, bytes] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return bool(self.tokenizer_files)
+
+
+NO_FACTS = AdapterFacts()
+
+
+def facts_of(model: LoRAModel) -> AdapterFacts:
+    extras = model.extras
+    return AdapterFacts(
+        lora_rank=model.lora_rank,
+        vocab_size=extras.vocab_size,
+        invocation_tokens=extras.invocation_tokens,
+        replaced=extras.replaced,
+        tokenizer_files=extras.tokenizer_files,
+    )
+
+
+def both_replace(left: frozenset[str], right: frozenset[str]) -> Iterator[str]:
+    """What two adapters both replace, in order; `<embedding>` is all of `<embedding>[id]`."""
+    yield from sorted((left & right) | _within(left, right) | _within(right, left))
+
+
+def _within(rows: frozenset[str], wholes: frozenset[str]) -> set[str]:
+    """Those of `rows` that are single rows of something that stands in `wholes`."""
+    return {row for row in rows if row.endswith("]") and row[: row.rindex("[")] in wholes}
+
+
+def check_device_room(
+    uses: Sequence[AdapterUse], facts: Mapping[AdapterVersion, AdapterFacts], num_rows: int, max_loras: int | None
+) -> None:
+    """Raises AdapterCapacity of adapters that do not fit into pools of `num_rows` ranks together, not even alone."""
+    lora_rank = sum(facts[use.version].lora_rank for use in uses)
+    if lora_rank > num_rows:
+        raise AdapterCapacity(
+            f"the {len(uses)} adapters of this request have {lora_rank} ranks together, and all pools hold {num_rows}; "
+            "name fewer, or restart with a larger --lora-memory"
+        )
+    if max_loras is not None and len(uses) > max_loras:
+        raise AdapterCapacity(
+            f"this request names {len(uses)} adapters and one step holds {max_loras}; name fewer, or restart with a "
+            "larger --max-loras"
+        )

@@ -21,6 +21,7 @@ from adapters.open_folder import LeadsOutside, NotAFile, OpenFolder, Parts
 from adapters.untrusted_json import shown
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+MLX_WEIGHTS_NAME = "adapters.safetensors"
 INDEX_NAMES = ("adapter_model.safetensors.index.json", "model.safetensors.index.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".nemo", ".pkl")
 _TRAINER_PICKLES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")  # beside an adapter, never one
@@ -97,7 +98,7 @@ class AdapterFolder:
             raise
         tokenizer_files = tuple(name for name in _TOKENIZER_FILES if name in names)
         within = (folder.parts, *_hub_folders_of(folder))
-        return cls(folder, weights, weights != WEIGHTS_NAME, tokenizer_files, within, refuse_hard_links)
+        return cls(folder, weights, weights in INDEX_NAMES, tokenizer_files, within, refuse_hard_links)
 
     @property
     def path(self) -> Path:
@@ -149,8 +150,9 @@ def _weights_among(names: set[str], folders: list[str], folder: OpenFolder) -> s
     if CONFIG_NAME not in names:
         raise AdapterNotFound(f"no {CONFIG_NAME} in {shown(str(folder.path))}{_hint(folder, folders)}")
     indexes = [name for name in INDEX_NAMES if name in names]
-    # A full model may lie beside an adapter, so model.*.index.json counts only where no adapter_model.* does.
-    candidates = [name for name in (WEIGHTS_NAME, INDEX_NAMES[0]) if name in names] or indexes
+    # A full model may lie beside an adapter, so model.*.index.json counts only where no adapter's own file does.
+    candidates = [name for name in (WEIGHTS_NAME, INDEX_NAMES[0]) if name in names]
+    candidates = candidates or sorted(names & {MLX_WEIGHTS_NAME}) or indexes
     if not candidates:
         missing = f"no {WEIGHTS_NAME} or {INDEX_NAMES[0]} in {shown(str(folder.path))}"
         raise AdapterNotFound(f"{missing}{_hint(folder, folders)}")
@@ -187,12 +189,11 @@ def _refuse_other_formats(names: set[str], folders: list[str]) -> None:
         raise AdapterRefused(
             RefusalCode.PICKLE_REFUSED,
             f"the folder holds {shown(pickles[0])} and no safetensors; reading a pickle runs code that it carries",
-            "Load it in PEFT where that is safe, and save it with safe_serialization=True",
+            "Convert it, which reads it in a process of its own: `loramux convert FOLDER OUT`",
             feature=shown(pickles[0]),
         )
     formats = {
         "gguf": (any(n.endswith(".gguf") for n in names), "GGUF LoRA has lost rsLoRA and alpha_pattern"),
-        "mlx": ("adapters.safetensors" in names, "MLX-LM's layout and scale differ from PEFT's"),
         "diffusers": ("pytorch_lora_weights.safetensors" in names, "this is a LoRA for an image model"),
     }
     for name, (is_found, why) in formats.items():

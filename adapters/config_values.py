@@ -12,6 +12,7 @@ CONFIG_NAME = "adapter_config.json"
 MAX_RANK = 1 << 20
 MAX_IDS = 1 << 16
 """Token ids in one list; a file that trains more rows than this stores the whole embedding."""
+MAX_NAMES = 1024
 _MAX_ID = 1 << 31
 
 Fields = Mapping[str, object]
@@ -43,12 +44,12 @@ def table(fields: Fields, name: str) -> list[tuple[str, object]]:
 
 
 def names(field: str, value: object) -> tuple[str, ...]:
-    """A list of names, or one of them alone, as PEFT takes it in some places."""
-    if isinstance(value, str):
-        return (value,)
-    if not isinstance(value or [], list) or not all(isinstance(item, str) for item in value or []):  # type: ignore[attr-defined]
-        raise bad_value(field, value, "a list of names")
-    return tuple(value or ())  # type: ignore[arg-type]
+    """A list of names, or one of them alone, as PEFT takes it in some places. Bounded, since each is compared with the
+    name of every module."""
+    found = [value] if isinstance(value, str) else value or []
+    if not isinstance(found, list) or len(found) > MAX_NAMES or not all(isinstance(item, str) for item in found):
+        raise bad_value(field, value, f"a list of at most {MAX_NAMES} names")
+    return tuple(found)
 
 
 def ids(field: str, value: object) -> tuple[int, ...]:

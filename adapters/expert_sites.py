@@ -81,9 +81,7 @@ class RouterSite:
     def _with_our_linear(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         """The router's very code, reading `F` elsewhere."""
         own = getattr(forward, "__func__", None)
-        if not isinstance(own, FunctionType) or own.__globals__.get("F") is not functional:
-            raise ValueError(f"{type(module).__name__} does not compute its logits with F.linear")
-        if not {"F", "linear"} <= set(own.__code__.co_names):
+        if not isinstance(own, FunctionType) or not calls_linear(module):
             raise ValueError(f"{type(module).__name__} does not compute its logits with F.linear")
         names = {**own.__globals__, "F": _Functional(self._linear)}
         again = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
@@ -119,6 +117,14 @@ class LoRARouter(nn.Module):
         extras = site.step.extras
         is_needed = extras is not None and extras.features & StepFeature.EXPERTS and site.table
         return site.adapted(x) if is_needed else site.forward(x)
+
+
+def calls_linear(module: nn.Module) -> bool:
+    """Whether its forward is a function that calls F.linear."""
+    own = type(module).forward
+    if not isinstance(own, FunctionType) or own.__globals__.get("F") is not functional:
+        return False
+    return {"F", "linear"} <= set(own.__code__.co_names)
 
 
 class _Functional:

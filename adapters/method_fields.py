@@ -71,7 +71,7 @@ def _vera(fields: Fields) -> Read:
 
 
 def _loha(fields: Fields) -> Read:
-    return LoRAConfig.of({**fields, "lora_alpha": fields.get("alpha")}), {}
+    return LoRAConfig.of({**fields, "lora_alpha": number("alpha", fields.get("alpha"))}), {}
 
 
 def _delora(fields: Fields) -> Read:
@@ -89,7 +89,9 @@ def _miss(fields: Fields) -> Read:
 
 
 def _ia3(fields: Fields) -> Read:
-    return _scales(fields, r=0), {"feedforward": listed(fields.get("feedforward_modules"))}
+    """An expression of feed-forward modules is not run: the shapes of the tensors say the same."""
+    value = fields.get("feedforward_modules")
+    return _scales(fields, r=0), {"feedforward": () if isinstance(value, str) else names("feedforward_modules", value)}
 
 
 def _ln_tuning(fields: Fields) -> Read:

@@ -6,6 +6,7 @@ placing it on a base (placement.py) fails for a tensor that it leaves out. Knows
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 from torch import Tensor
@@ -30,7 +31,7 @@ class PairProposal:
     stored_rank: int | None = None  # before the fold, where that is another
     in_features: int | None = None  # what the stored shapes say; None: whatever the base has
     out_features: int | None = None
-    fits: Fits | None = None  # what the two widths above cannot say; asked before the fold
+    fits: Fits | None = None  # what the widths above cannot say; asked before the fold
     fold: Fold | None = None  # None: inputs are A [r, in] and B [out, r] as PEFT stores them
     magnitude: str | None = None  # DoRA's [out]
     gain_covers_bias: bool = False  # torchtune's DoRA: the magnitude's gain scales the base's bias, too
@@ -109,7 +110,7 @@ class Proposal:
     warnings: tuple[str, ...] = ()
 
 
-def joined(first: Proposal, second: Proposal) -> Proposal:
-    """Both, field by field in this order."""
+def joined(*proposals: Proposal) -> Proposal:
+    """All of them, field by field in this order."""
     fields = Proposal.__dataclass_fields__
-    return Proposal(**{name: (*getattr(first, name), *getattr(second, name)) for name in fields})
+    return Proposal(**{name: tuple(chain.from_iterable(getattr(p, name) for p in proposals)) for name in fields})

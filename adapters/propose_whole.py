@@ -37,10 +37,8 @@ Entries = Mapping[str, TensorEntry]
 def propose_whole(recipe: Recipe, keys: Sequence[TensorKey], entries: Entries) -> Proposal:
     """From the keys whose roles are WHOLE_ROLES; all others are somebody else's. Raises AdapterRefused."""
     modules = by_module(key for key in keys if key.role in WHOLE_ROLES and key.role is not Role.ORIGINAL)
-    found = _originals(keys, modules)
-    for module, roles in modules.items():
-        _check_task(recipe, module, roles)
-        found = joined(found, _propose_module(recipe, module, roles, entries))
+    each = [_propose_module(recipe, module, roles, entries) for module, roles in modules.items()]
+    found = joined(_originals(keys, modules), *each)
     tokens = _tokens(recipe, modules, entries)
     _check_saved(recipe, [*modules])
     biases = [v for v in found.vectors if v.kind == "bias" and not _is_saved(recipe, v.source)]
@@ -55,6 +53,7 @@ def propose_whole(recipe: Recipe, keys: Sequence[TensorKey], entries: Entries) -
 def _propose_module(recipe: Recipe, module: str, roles: Mapping[Role, str], entries: Entries) -> Proposal:
     """A vector of one weight is a norm's; a matrix is a whole module. Where PEFT wrote a saved module under two
     spellings, the one that PEFT itself reads is taken."""
+    _check_task(recipe, module, roles)
     weight = roles.get(Role.WEIGHT, roles.get(Role.SAVED_WEIGHT))
     bias = roles.get(Role.BIAS, roles.get(Role.SAVED_BIAS))
     twice = tuple(

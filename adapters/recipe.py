@@ -180,6 +180,7 @@ def _token_ids(fields: Fields) -> tuple[tuple[str, tuple[int, ...]], ...]:
     name = "trainable_token_indices"
     value = fields.get(name)
     if isinstance(value, dict):
+        names(name, [*value])
         return tuple((module, ids(f"{name}[{module!r}]", listed_ids)) for module, listed_ids in table(fields, name))
     return (("", ids(name, value)),) if value else ()
 

@@ -144,7 +144,7 @@ VERA_NOT_STORED = Refusal(
 CONVOLUTION = Refusal(
     "target_modules", "the tensor belongs to a convolution", "Leave convolutions out of target_modules"
 )
-MLX_FULL = Refusal("fine_tune_type=full", "whole weights are replaced, not adapted", "Serve it as a base of its own")
+MLX_FULL = Refusal("fine_tune_type=full", "MLX-LM replaced whole weights of the base", "Serve it as a base of its own")
 MLX_UNKNOWN = Refusal(
     "fine_tune_type", "MLX-LM trains lora or dora; this is neither", "Train with --fine-tune-type lora"
 )

@@ -145,10 +145,10 @@ def gguf(d: Draft) -> None:
     (d.folder / "adapter.gguf").write_bytes(b"GGUF")
 
 
-@hostile(Code.UNSUPPORTED, "format=mlx")
-def mlx_file(d: Draft) -> None:
+@hostile(Code.UNSUPPORTED, "MLX-LM")
+def full_weights_of_mlx(d: Draft) -> None:
     d.folder.mkdir()
-    write_config(d.folder, {"fine_tune_type": "lora", "lora_parameters": {"rank": 8, "scale": 20.0}})
+    write_config(d.folder, {"fine_tune_type": "full", "lora_parameters": {"rank": 8, "scale": 20.0}})
     write_safetensors(d.folder / "adapters.safetensors", d.tensors)
 
 

@@ -73,7 +73,7 @@ def test_folds_are_pefts(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"init_weights": False}, {"init_weights": "mini", "mini_r": 4}, {"r": 5}])
 def test_miss(fields: dict[str, Any], tmp_path: Path) -> None:
-    """Its get_delta_weight gives whole weights and, of "mini", not what its forward computes: the forward decides. r = 5
+    """Its get_delta_weight gives whole weights and not always what its forward computes: the forward decides. r = 5
     divides no width."""
     saved = save(tmp_path, MissConfig(**({"r": 4, "target_modules": TARGETS} | fields)))
     found = deltas(saved)
@@ -131,9 +131,8 @@ def mlx(folder: Path, shapes: dict[str, tuple[int, ...]], **fields: Any) -> Prop
 
 def test_mlx_linears(tmp_path: Path) -> None:
     """y = W x + scale · (x @ lora_a) @ lora_b."""
-    proposal = mlx(
-        tmp_path, {"model.layers.0.mlp.down_proj.lora_a": (24, 3), "model.layers.0.mlp.down_proj.lora_b": (3, 16)}
-    )
+    down = "model.layers.0.mlp.down_proj"
+    proposal = mlx(tmp_path, {f"{down}.lora_a": (24, 3), f"{down}.lora_b": (3, 16)})
     (pair,) = proposal.pairs
     lora_a, lora_b, x = torch.randn(24, 3), torch.randn(3, 16), torch.randn(5, 24)
     tensors = dict(zip(pair.inputs, (lora_a, lora_b), strict=True))
@@ -231,7 +230,7 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], RefusalCode,
                           RefusalCode.UNSUPPORTED, "q.hada_t1"),
     "loha: half": ({"peft_type": "LOHA", "r": 2, "alpha": 1}, {k: v for k, v in LOHA_SHAPES.items() if "w2_b" not in k},
                    RefusalCode.INCOMPLETE_PAIR, "q.hada_w1_a"),
-    "loha: no alpha": ({"peft_type": "LOHA", "r": 2}, LOHA_SHAPES, RefusalCode.CORRUPT, "lora_alpha"),
+    "loha: no alpha": ({"peft_type": "LOHA", "r": 2}, LOHA_SHAPES, RefusalCode.CORRUPT, "alpha"),
     "delora: no norms": ({"peft_type": "DELORA", "r": 2}, {k: v for k, v in DELORA_SHAPES.items() if "norm" not in k},
                          RefusalCode.INCOMPLETE_PAIR, "q.delora_A"),
     "delora: norms of another": ({"peft_type": "DELORA", "r": 2}, DELORA_SHAPES | {"q.delora_w_norm": (8,)},

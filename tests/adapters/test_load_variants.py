@@ -11,7 +11,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters.base_walk import modules_of
 from adapters.checkpoint import CheckpointLimits, LoadedAdapter, load_lora_model
-from adapters.errors import AdapterRefused, RefusalCode
 from server.engine.live_weights import LiveWeights
 from tests.adapters.dense import applied
 

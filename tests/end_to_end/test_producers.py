@@ -97,7 +97,7 @@ def randomised(model: nn.Module, seed: int) -> nn.Module:
 
 
 def greedy(world: World, model: nn.Module) -> tuple[int, ...]:
-    """By transformers' own forward, a token at a time, from the whole sequence each time; of tokens that have a text."""
+    """By transformers' own forward, from the whole sequence each time, of tokens that have a text."""
     num_tokens = len(AutoTokenizer.from_pretrained(world.model))
     tokens = list(PROMPT)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-# setup, serve, test, check, bench, churn, life, restart-proof, evaluate: everything a newcomer types. Stamps in .venv make a second call a no-op.
+# setup, serve, test, check, bench, churn, life, restart-proof, evaluate, conformance: everything a newcomer types. Stamps in .venv make a second call a no-op.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ LIFE_STEPS ?= 100000
 RESTART_KILLS ?= 200
 EVALUATE_ARGS ?=
 
-.PHONY: setup serve test check format bench churn life restart-proof evaluate clean
+.PHONY: setup serve test conformance check format bench churn life restart-proof evaluate clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,10 @@ serve: setup
 
 test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Every architecture with every kind of adapter, against PEFT; `make test` takes a selection.
+conformance: setup
+	LORAMUX_CONFORMANCE=all $(BIN)/python -m pytest tests/conformance $(PYTEST_ARGS)
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -6,17 +6,24 @@ once when an adapter is loaded. Knows the base's biases and norms, and no step.
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
-from adapters.adapter_extras import AdapterExtras, EmbeddingAdapter, HeadAdapter, TokenRows
+from adapters.adapter_extras import (
+    AdapterExtras,
+    EmbeddingAdapter,
+    ExpertPairs,
+    HeadAdapter,
+)
 from adapters.base_parts import NormShape
+from adapters.expert_layout import product_of
 from adapters.lora_model import LoRAModel, LoRAWeights
 from adapters.module_names import BaseModules
 from adapters.step_features import NO_FEATURES, StepFeature
+from adapters.to_device import moved
 
 _MAX_RATIO = 2.0**16  # of a norm's new parameter to the base's; beyond it, and from 0, the norm is computed anew
 
@@ -45,6 +52,8 @@ class AppliedExtras:
     embedding: AppliedEmbedding | None
     head: AppliedHead | None
     num_columns: int | None  # of the logits, where that is more than the base's
+    experts: Mapping[str, ExpertPairs]
+    routers: Mapping[str, LoRAWeights]
 
     @property
     def features(self) -> StepFeature:
@@ -55,6 +64,7 @@ class AppliedExtras:
             StepFeature.EMBEDDING: self.embedding,
             StepFeature.HEAD: self.head,
             StepFeature.WIDE_LOGITS: self.num_columns,
+            StepFeature.EXPERTS: self.experts or self.routers,
         }
         found = NO_FEATURES
         for feature, part in held.items():
@@ -71,8 +81,10 @@ class AppliedExtras:
             affines=_packed(self.affines, device),
             input_deltas=_packed(self.input_deltas, device),
             exact_norms={name: _packed(parameters, device) for name, parameters in self.exact_norms.items()},
-            embedding=None if self.embedding is None else _embedding_to(self.embedding, device),
-            head=None if self.head is None else _head_to(self.head, device),
+            embedding=moved(self.embedding, device),
+            head=moved(self.head, device),
+            experts=moved(self.experts, device),
+            routers=moved(self.routers, device),
         )
 
 
@@ -81,10 +93,10 @@ def applied(model: LoRAModel, base_model: nn.Module, base: BaseModules) -> Appli
     another shape."""
     extras = model.extras
     head = None if base.head is None else base.head.name
-    if not extras and head not in model.modules:
+    routers = {name: model.modules[name] for name in base.routers if name in model.modules}
+    if not extras and head not in model.modules and not routers:
         return None
-    if extras.experts:
-        raise ValueError(f"version {model.version} changes fused experts, which are not served")
+    _check_experts(model, base)
     hosted = {name for name in (head, base.embedding and base.embedding.name) if name}
     affines: dict[str, Tensor] = {}
     for name in dict.fromkeys([*extras.gains, *extras.biases]):
@@ -109,8 +121,26 @@ def applied(model: LoRAModel, base_model: nn.Module, base: BaseModules) -> Appli
         embedding=_embedding_of(model, base),
         head=applied_head,
         num_columns=_wide(applied_head, base),
+        experts=extras.experts,
+        routers=MappingProxyType(routers),
     )
     return found if found.features else None
+
+
+def _check_experts(model: LoRAModel, base: BaseModules) -> None:
+    for name, router in base.routers.items():
+        found = model.modules.get(name)
+        if found is not None and (found.lora_a.shape[1], found.lora_b.shape[1]) != astuple(router):
+            raise ValueError(f"version {model.version} has a pair for another router than {name}, which is {router}")
+    for name, pairs in model.extras.experts.items():
+        shape = base.experts.get(name)
+        if shape is None:
+            raise ValueError(f"version {model.version} changes {name}, which are no fused experts of the base")
+        for pair, is_down in ((pairs.gate_up, False), (pairs.down, True)):
+            product = product_of(shape, is_down=is_down)
+            wanted = (shape.num_experts, product.in_features, product.out_features)
+            if pair is not None and (len(pair.a), pair.a.shape[2], pair.b.shape[2]) != wanted:
+                raise ValueError(f"version {model.version} has pairs for other experts than {name}, which are {shape}")
 
 
 def _width_of(base: BaseModules, name: str, model: LoRAModel) -> int:
@@ -232,27 +262,3 @@ def _packed(tensors: Mapping[str, Tensor], device: torch.device) -> Mapping[str,
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors.values()]).to(device)
     parts = flat.split([tensor.numel() for tensor in tensors.values()])
     return MappingProxyType({n: p.view(t.shape) for (n, t), p in zip(tensors.items(), parts, strict=True)})
-
-
-def _rows_to(rows: TokenRows | None, device: torch.device) -> TokenRows | None:
-    return None if rows is None else TokenRows(rows.ids.to(device), rows.values.to(device))
-
-
-def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
-
-
-def _embedding_to(found: AppliedEmbedding, device: torch.device) -> AppliedEmbedding:
-    part = found.part
-    moved = EmbeddingAdapter(
-        _to(part.lora_a, device), _to(part.lora_b, device), _rows_to(part.rows, device), _to(part.weight, device)
-    )
-    return AppliedEmbedding(moved, _to(found.affine, device))
-
-
-def _head_to(found: AppliedHead, device: torch.device) -> AppliedHead:
-    part, pair = found.part, found.pair
-    moved = HeadAdapter(_rows_to(part.rows, device), _to(part.weight, device), _to(part.bias, device))
-    if pair is not None:
-        pair = LoRAWeights(pair.lora_a.to(device), pair.lora_b.to(device))
-    return AppliedHead(moved, pair, _to(found.affine, device), found.num_columns)

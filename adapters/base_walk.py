@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from adapters.base_parts import EmbeddingShape, ExpertsShape, FusedPart, HeadShape
+from adapters.expert_sites import calls_linear
 from adapters.module_names import BaseModules, LinearShape, linears_of
 from adapters.norm_sites import norms_of
 
@@ -36,6 +37,7 @@ def modules_of(model: nn.Module) -> BaseModules:
         biased=frozenset(biased),
         norms=norms_of(model),
         experts=MappingProxyType(dict(_experts_of(model))),
+        routers=MappingProxyType(dict(_routers_of(model))),
         fused=MappingProxyType(dict(_fused_of(model, base.linears))),
     )
 
@@ -90,6 +92,14 @@ def _experts_of(model: nn.Module) -> Iterator[tuple[str, ExpertsShape]]:
         wanted = (intermediate, hidden) if transposed else (hidden, intermediate)
         if doubled % 2 == 0 and tuple(down.shape) == (num_experts, *wanted):
             yield name, ExpertsShape(num_experts, hidden, intermediate, transposed, not module.is_concatenated)
+
+
+def _routers_of(model: nn.Module) -> Iterator[tuple[str, LinearShape]]:
+    """Modules that choose experts by a product of their own weight [E, hidden]."""
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.ndim == 2 and hasattr(module, "top_k") and calls_linear(module):
+            yield name, LinearShape(weight.shape[1], weight.shape[0])
 
 
 def _fused_of(model: nn.Module, linears: Mapping[str, LinearShape]) -> Iterator[tuple[str, tuple[FusedPart, ...]]]:

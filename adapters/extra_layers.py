@@ -1,8 +1,8 @@
 """Everything in a base model that adapters change beside the low-rank deltas of linears, and where resident adapters'
 numbers for it stand.
 
-Norms, embedding and head are swapped by class, as linears are (class_swap.py); linears ask their group. An adapter is
-known by the first of its pool rows. Knows nothing of requests, versions or eviction.
+Norms, embedding, head, experts and routers are swapped by class, as linears are (class_swap.py); linears ask their
+group. An adapter is known by the first of its pool rows. Knows nothing of requests, versions or eviction.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from adapters.applied_extras import AppliedExtras
 from adapters.class_swap import own_forward, swap
+from adapters.expert_sites import ExpertsSite, LoRAExperts, LoRARouter, RouterSite
 from adapters.extras_batch import ExtrasBatch, IntArray
 from adapters.group_extras import GroupExtras
 from adapters.lora_batch import LoRABatch
@@ -43,6 +44,14 @@ class ExtraLayers:
         self._norms = {name: self._norm_site(name) for name in base.norms}
         self._embedding = self._embedding_site()
         self._head = self._head_site()
+        self._experts = {
+            name: ExpertsSite(step, experts, own_forward(experts))
+            for name, experts in ((name, model.get_submodule(name)) for name in base.experts)
+        }
+        self._routers = {
+            name: RouterSite(step, router, own_forward(router))
+            for name, router in ((name, model.get_submodule(name)) for name in base.routers)
+        }
         self._applied: dict[int, AppliedExtras] = {}  # by first pool row
 
     def bind_group(
@@ -54,13 +63,17 @@ class ExtraLayers:
         return group
 
     def swap(self) -> None:
-        """Let norms, embedding and head ask, too."""
+        """Let norms, embedding, head, experts and routers ask, too."""
         for name, site in self._norms.items():
             swap(self._model.get_submodule(name), LoRANorm, site)
         if self._embedding is not None and self._base.embedding is not None:
             swap(self._model.get_submodule(self._base.embedding.name), LoRAEmbedding, self._embedding)
         if self._head is not None and self._base.head is not None:
             swap(self._model.get_submodule(self._base.head.name), LoRAHead, self._head)
+        for name, experts in self._experts.items():
+            swap(self._model.get_submodule(name), LoRAExperts, experts)
+        for name, router in self._routers.items():
+            swap(self._model.get_submodule(name), LoRARouter, router)
 
     def write(self, start: int, applied: AppliedExtras) -> None:
         """Apply an adapter's extras where its pool rows begin at `start`, over whatever began there."""
@@ -80,6 +93,10 @@ class ExtraLayers:
             self._embedding.table[start] = applied.embedding
         if self._head is not None and applied.head is not None:
             self._head.table[start] = applied.head
+        for name, pairs in applied.experts.items():
+            self._experts[name].table[start] = pairs
+        for name, pair in applied.routers.items():
+            self._routers[name].table[start] = pair
         self._applied[start] = applied
 
     def clear(self, start: int) -> None:
@@ -90,9 +107,8 @@ class ExtraLayers:
             group.clear(start)
         for norm in self._norms.values():
             norm.clear(start)
-        for hosted in (self._embedding, self._head):
-            if hosted is not None:
-                hosted.table.pop(start, None)
+        for hosted in self._hosted():
+            hosted.pop(start, None)
         self._table.clear(start)
 
     def features_at(self, start: int) -> StepFeature:
@@ -127,8 +143,7 @@ class ExtraLayers:
             "affine vectors": {start for _, start in self._table.vectors},
             "linears": {start for group in self._groups.values() for start in group.touched},
             "norms": {start for norm in self._norms.values() for start in (*norm.touched, *norm.exact)},
-            "the embedding": set(self._embedding.table) if self._embedding else set(),
-            "the head": set(self._head.table) if self._head else set(),
+            "embedding, head, experts and routers": {start for table in self._hosted() for start in table},
         }
         for where, starts in held.items():
             assert starts <= self._applied.keys(), f"{where} knows rows {starts - self._applied.keys()} of nobody"
@@ -137,6 +152,13 @@ class ExtraLayers:
     def starts(self) -> frozenset[int]:
         """The first rows of adapters with extras."""
         return frozenset(self._applied)
+
+    def _hosted(self) -> list[dict[int, Any]]:
+        """The tables of what is computed in plain torch."""
+        tables: list[dict[int, Any]] = [site.table for site in self._experts.values()]
+        tables += [site.table for site in self._routers.values()]
+        tables += [self._embedding.table] if self._embedding is not None else []
+        return [*tables, *([self._head.table] if self._head is not None else [])]
 
     def _norm_site(self, name: str) -> NormSite:
         norm, shape = self._model.get_submodule(name), self._base.norms[name]

@@ -7,18 +7,18 @@ change is. Knows nothing of files.
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from sys import intern
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from adapters.lora_config import LoRAConfig
+from adapters.adapter_extras import AdapterExtras, EmbeddingAdapter
 from adapters.lora_model import LoRAModel, LoRAWeights
+from adapters.packed_modules import kind_of
+from adapters.tensor_runs import NormGroup, grams
 from adapters.untrusted_json import shown
 
 _MAX_NAMED = 5
-_AT_ONCE = 1 << 20  # elements of A or B that are computed together: 4 MiB in float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +34,12 @@ class LoadReport:
     warnings: tuple[str, ...]
     base_model: str | None  # as the adapter declares it
     stored_dtypes: tuple[str, ...]
+    parts: Mapping[str, int] = field(default_factory=dict)  # what there is besides pairs → how many of it
+    part_bytes: Mapping[str, int] = field(default_factory=dict)
+    gain_ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # module kind → least and greatest
+    vocab_size: int | None = None  # where it is not the base's
+    dropped: tuple[str, ...] = ()  # tensors that change nothing
+    ignored: tuple[str, ...] = ()  # tensors that the user asked to leave out
 
     @property
     def num_modules(self) -> int:
@@ -52,38 +58,33 @@ class LoadReport:
             "warnings": list(self.warnings),
             "base_model": self.base_model,
             "stored_dtypes": list(self.stored_dtypes),
+            "parts": dict(self.parts),
+            "part_bytes": dict(self.part_bytes),
+            "gain_ranges": {kind: [round(end, 6) for end in ends] for kind, ends in self.gain_ranges.items()},
+            "vocab_size": self.vocab_size,
+            "dropped": list(self.dropped),
+            "ignored": list(self.ignored),
         }
 
 
-def kind_of(module: str) -> str:
-    """model.layers.3.self_attn.q_proj → q_proj, one string for all: every adapter's report is kept."""
-    return intern(module.rpartition(".")[2])
-
-
-def module_norms(modules: Mapping[str, LoRAWeights]) -> dict[str, float]:
+def module_norms(flat: Tensor, groups: Iterable[NormGroup]) -> tuple[dict[str, float], list[str]]:
     """Module → ‖ΔW‖_F without forming ΔW: ‖BᵀA‖² = tr((B Bᵀ)(A Aᵀ)) with A [r, in] and B [r, out], two [r, r] products.
-
-    Modules of one shape are computed together.
+    Also the modules whose B may be zero everywhere. A value that is not finite makes its module's norm so, too.
     """
-    alike: dict[tuple[int, int, int], list[str]] = {}
-    for name, weights in modules.items():
-        alike.setdefault((weights.lora_rank, weights.lora_a.shape[1], weights.lora_b.shape[1]), []).append(name)
-    norms: dict[str, float] = {}
-    for (lora_rank, in_features, out_features), names in alike.items():
-        at_once = max(1, _AT_ONCE // (lora_rank * max(in_features, out_features)))
-        for begin in range(0, len(names), at_once):
-            some = names[begin : begin + at_once]
-            gram_a = _grams([modules[name].lora_a for name in some])  # [n, r, r]
-            gram_b = _grams([modules[name].lora_b for name in some])
-            squares = (gram_a * gram_b).sum((1, 2)).clamp_(min=0.0)  # [n]
-            norms.update(zip(some, squares.sqrt().tolist(), strict=True))
-    return norms
-
-
-def _grams(matrices: Sequence[Tensor]) -> Tensor:
-    """[r, k] each → M Mᵀ, [n, r, r] in float64, summed in float32."""
-    stacked = torch.stack(list(matrices)).float()
-    return torch.bmm(stacked, stacked.transpose(1, 2)).double()
+    norms, idle, by_rank = dict[str, float](), list[str](), dict[int, list[NormGroup]]()
+    for group in groups:
+        by_rank.setdefault(group.lora_rank, []).append(group)
+    for some in by_rank.values():
+        of_a, of_b = zip(*(grams(group, flat) for group in some), strict=True)
+        gram_a, gram_b = torch.cat(of_a).double(), torch.cat(of_b).double()  # [n, r, r]
+        squares = (gram_a * gram_b).sum((1, 2)).clamp_(min=0.0)  # [n]
+        finite = gram_a.sum((1, 2)) + gram_b.sum((1, 2))
+        sizes = gram_b.diagonal(dim1=1, dim2=2).sum(1)  # ‖B‖²
+        found = torch.stack((torch.where(finite.isfinite(), squares.sqrt(), finite), sizes)).tolist()
+        names = [name for group in some for name in group.names]
+        norms.update(zip(names, found[0], strict=True))
+        idle += [name for name, size in zip(names, found[1], strict=True) if size == 0]
+    return norms, idle
 
 
 def norms_by_kind(norms: Mapping[str, float]) -> dict[str, float]:
@@ -94,10 +95,25 @@ def norms_by_kind(norms: Mapping[str, float]) -> dict[str, float]:
     return {kind: math.sqrt(squares[kind]) for kind in sorted(squares)}
 
 
+def embedding_norm(embedding: EmbeddingAdapter) -> float:
+    """‖A·B‖_F of A [V', r] and B [r, hidden]."""
+    if embedding.lora_a is None or embedding.lora_b is None:
+        return 0.0
+    lora_a, lora_b = embedding.lora_a.float(), embedding.lora_b.float()
+    square = ((lora_a.T @ lora_a).double() * (lora_b @ lora_b.T).double()).sum()
+    return math.sqrt(square) if square > 0 else float(square)
+
+
 def report_of(
-    model: LoRAModel, config: LoRAConfig, *, num_params: int, stored_dtypes: Iterable[str], warnings: Sequence[str]
+    model: LoRAModel,
+    *,
+    num_params: int,
+    base_model: str | None,
+    stored_dtypes: Iterable[str],
+    warnings: Sequence[str],
+    dropped: Sequence[str] = (),
 ) -> LoadReport:
-    counts = Counter(kind_of(name) for name in model.modules)
+    counts, parts = Counter(kind_of(name) for name in model.modules), _parts_of(model.extras)
     return LoadReport(
         modules=dict(sorted(counts.items())),
         num_params=num_params,
@@ -106,22 +122,66 @@ def report_of(
         features=model.features,
         delta_norms=model.delta_norms or {},
         warnings=tuple(warnings),
-        base_model=config.base_model,
+        base_model=base_model,
         stored_dtypes=tuple(sorted(set(stored_dtypes))),
+        parts={part: count for part, (count, _) in parts.items()},
+        part_bytes={part: num_bytes for part, (_, num_bytes) in parts.items()},
+        gain_ranges=_gain_ranges(model.extras.gains),
+        vocab_size=model.extras.vocab_size,
+        dropped=tuple(dropped),
     )
 
 
-def absent_targets(config: LoRAConfig, modules: Iterable[str]) -> list[str]:
-    """Warnings for what the config lists and the weights do not hold: the other half of the cross-check."""
-    endings = {".".join(parts[i:]) for m in modules for parts in [m.split(".")] for i in range(len(parts))}
-    absent = [target for target in config.target_modules if target not in endings and target != "all-linear"]
+def _parts_of(extras: AdapterExtras) -> dict[str, tuple[int, int]]:
+    """Part → how many of it and their bytes; those that there are."""
+    found: dict[str, tuple[int, list[Tensor | None]]] = {
+        "gains": (len(extras.gains), [*extras.gains.values()]),
+        "input_scales": (len(extras.input_scales), [*extras.input_scales.values()]),
+        "biases": (len(extras.biases), [*extras.biases.values()]),
+        "norms": (len(extras.norms), [*extras.norms.values()]),
+    }
+    if (embedding := extras.embedding) is not None:
+        found["embedding_lora"] = (int(embedding.lora_a is not None), [embedding.lora_a, embedding.lora_b])
+    if (head := extras.head) is not None:
+        found["head_bias"] = (int(head.bias is not None), [head.bias])
+    for name, part in (("embedding", extras.embedding), ("head", extras.head)):
+        if part is not None:
+            found[name] = (int(part.weight is not None), [part.weight])
+            ids, values = (None, None) if part.rows is None else (part.rows.ids, part.rows.values)
+            found[f"{name}_rows"] = (0 if ids is None else len(ids), [ids, values])
+    return {part: (count, sum(map(_num_bytes, tensors))) for part, (count, tensors) in found.items() if count}
+
+
+def _num_bytes(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()
+
+
+def _gain_ranges(gains: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+    ranges: dict[str, tuple[float, float]] = {}
+    for name, gain in gains.items():
+        least, greatest = (float(end) for end in torch.aminmax(gain))
+        before = ranges.get(kind_of(name), (least, greatest))
+        ranges[kind_of(name)] = min(least, before[0]), max(greatest, before[1])
+    return dict(sorted(ranges.items()))
+
+
+def absent_targets(listed: Iterable[str], modules: Sequence[str]) -> list[str]:
+    """Warnings for what the config lists as targets and the weights do not hold: the other half of the cross-check."""
+    targets = [target for target in listed if target != "all-linear"]
+    absent = [target for target in targets if not any(_ends_with(module, target) for module in modules)]
     return [f"target_modules lists {_some(absent)}, for which there are no tensors"] if absent else []
 
 
-def idle_modules(modules: Mapping[str, LoRAWeights], norms: Mapping[str, float]) -> list[str]:
-    """Warnings for modules without effect. A norm may be zero of values that are not, so those are looked at."""
-    idle = [name for name, norm in norms.items() if norm == 0 and not modules[name].lora_b.any()]
-    if len(idle) == len(norms):
+def _ends_with(module: str, target: str) -> bool:
+    """In whole parts."""
+    return module.endswith(target) and (module == target or module[-len(target) - 1] == ".")
+
+
+def idle_modules(modules: Mapping[str, LoRAWeights], perhaps: Iterable[str], *, has_more: bool) -> list[str]:
+    """Warnings for modules without effect. Squares may be zero of values that are not, so those are looked at.
+    `has_more`: the adapter is not its pairs alone."""
+    idle = [name for name in perhaps if not modules[name].lora_b.any()]
+    if len(idle) == len(modules) and not has_more:
         return ["B is zero everywhere: the adapter has no effect"]
     return [f"B is zero, so there is no effect, in {len(idle)} modules: {_some(idle)}"] if idle else []
 

@@ -159,9 +159,9 @@ class LoRALayers:
         """ValueError when a module is not one of the base's or has another shape."""
         places = self._places.get(layout)
         if places is None:
-            head = self._base.head.name if self._base.head else None  # its pair has no pools (lora_head.py)
+            hosted = {*self._base.routers, *([self._base.head.name] if self._base.head else [])}  # they have no pools
             for name, place in layout.places.items():
-                if name == head:
+                if name in hosted:
                     continue
                 shape = self._shapes.get(name)
                 if shape is None:

@@ -1,7 +1,8 @@
 """A checked LoRA adapter in host memory: what the loader makes and the row-range pools copy from. Immutable."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -30,6 +31,20 @@ class LoRAWeights:
         return sum(t.numel() * t.element_size() for t in (self.lora_a, self.lora_b))
 
 
+@runtime_checkable
+class HasSizes(Protocol):
+    """Modules that know their sizes without making hundreds of tensors."""
+
+    def sizes(self) -> Iterable[tuple[int, int]]:
+        """Rank and bytes of each."""
+
+
+def _sizes_of(modules: Mapping[str, LoRAWeights]) -> Iterable[tuple[int, int]]:
+    if isinstance(modules, HasSizes):
+        return modules.sizes()
+    return ((weights.lora_rank, weights.num_bytes) for weights in modules.values())
+
+
 @dataclass(frozen=True, slots=True)
 class LoRAModel:
     """All modules of one adapter version, keyed by the full module name in the base model."""
@@ -43,7 +58,7 @@ class LoRAModel:
     num_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        sizes = [(weights.lora_rank, weights.num_bytes) for weights in self.modules.values()]
+        sizes = list(_sizes_of(self.modules))
         object.__setattr__(self, "lora_rank", max((lora_rank for lora_rank, _ in sizes), default=0))
         num_bytes = sum(num_bytes for _, num_bytes in sizes) + self.extras.num_bytes
         object.__setattr__(self, "num_bytes", num_bytes)

@@ -47,6 +47,7 @@ class BaseModules:
     head: HeadShape | None = None
     norms: Mapping[str, NormShape] = field(default_factory=lambda: MappingProxyType({}))
     experts: Mapping[str, ExpertsShape] = field(default_factory=lambda: MappingProxyType({}))
+    routers: Mapping[str, LinearShape] = field(default_factory=lambda: MappingProxyType({}))  # of experts
     fused: Mapping[str, tuple[FusedPart, ...]] = field(default_factory=lambda: MappingProxyType({}))  # by linear
     checkpoint_name: Renaming | None = field(default=None, compare=False)  # a module's name in old files → here
 

@@ -18,6 +18,7 @@ PREFIXES = (
     "model.text_model.",
     "text_model.",
     "transformer.",
+    "gpt_neox.",
     "llm.",
     "llm.model.",
     "thinker.model.",

@@ -7,6 +7,7 @@ files or of pools.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from sys import intern
 from threading import Lock
 from types import MappingProxyType
 from weakref import WeakValueDictionary
@@ -73,6 +74,12 @@ class PackedModules(Mapping[str, LoRAWeights]):
             views.lora_b.copy_(weights.lora_b)
         return packed
 
+    def sizes(self) -> Iterator[tuple[int, int]]:
+        """Rank and bytes of each module, no view made."""
+        for place in self.layout.places.values():
+            num_elements = place.lora_rank * (place.in_features + place.out_features)
+            yield place.lora_rank, num_elements * self.flat.element_size()
+
     def __getitem__(self, name: str) -> LoRAWeights:
         return self.layout.places[name].weights(self.flat)
 
@@ -88,6 +95,11 @@ class PackedModules(Mapping[str, LoRAWeights]):
 
 _layouts: WeakValueDictionary[tuple[tuple[str, ModulePlace], ...], PackedLayout] = WeakValueDictionary()
 _lock = Lock()  # adapters are read in several threads
+
+
+def kind_of(module: str) -> str:
+    """model.layers.3.self_attn.q_proj → q_proj, one string for all: every adapter's report is kept."""
+    return intern(module.rpartition(".")[2])
 
 
 def layout_of(shapes: Iterable[tuple[str, int, int, int]], *, align: int) -> PackedLayout:

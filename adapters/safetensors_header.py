@@ -11,6 +11,8 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from adapters.errors import AdapterRefused, RefusalCode
 from adapters.untrusted_json import parse_object, shown
 
@@ -27,7 +29,9 @@ _ITEM_BITS = {
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
     "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
-LORA_DTYPES = frozenset({"F32", "F16", "BF16"})
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What tensors that are computed with may be stored as."""
+LORA_DTYPES = frozenset(TORCH_DTYPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +86,7 @@ def parse_header(header: bytes, *, data_bytes: int, what: str) -> dict[str, Tens
 
 def require_matrix(entry: TensorEntry) -> None:
     """LoRA's A and B are non-empty matrices of floats of 16 or 32 bits; raises AdapterRefused for anything else."""
-    if 0 in entry.shape:
-        raise AdapterRefused(
-            RefusalCode.CORRUPT,
-            f"the tensor has the shape {list(entry.shape)} and holds no numbers",
-            "This is what a ZeRO-3 run saves without gathering: gather the parameters and save again",
-            tensor=entry.name,
-        )
+    require_numbers(entry)
     if len(entry.shape) != 2:
         raise AdapterRefused(
             RefusalCode.UNSUPPORTED,
@@ -96,6 +94,21 @@ def require_matrix(entry: TensorEntry) -> None:
             "Train LoRA on linear modules only",
             tensor=entry.name,
         )
+    require_floats(entry)
+
+
+def require_numbers(entry: TensorEntry) -> None:
+    if 0 in entry.shape:
+        raise AdapterRefused(
+            RefusalCode.CORRUPT,
+            f"the tensor has the shape {list(entry.shape)} and holds no numbers",
+            "This is what a ZeRO-3 run saves without gathering: gather the parameters and save again",
+            tensor=entry.name,
+        )
+
+
+def require_floats(entry: TensorEntry) -> None:
+    """Stored in a dtype that what is computed with may have."""
     if entry.dtype not in LORA_DTYPES:
         raise AdapterRefused(
             RefusalCode.UNSUPPORTED,

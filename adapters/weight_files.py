@@ -1,67 +1,53 @@
-"""The safetensors files of one adapter as one table of tensors, one file or shards, checked and not yet read.
+"""The safetensors files of one adapter held open, one file or shards: their headers as bytes, not yet parsed.
 
-When `open_weights` returns, every header fits its file, the index (if any) names exactly the tensors that exist, and
-the bytes are within the limit. Reading then copies into private memory, so that a later change of a file cannot reach
-what was checked. Knows nothing of what the tensors mean.
+When `open_weights` returns, the bytes are within the limit and every header fits its file. Knows nothing of what the
+headers say (header_table.py) or of what the tensors mean.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from adapters.adapter_folder import AdapterFolder, OpenFile
 from adapters.errors import AdapterRefused, RefusalCode
-from adapters.safetensors_header import LENGTH_BYTES, MAX_TENSORS, TensorEntry, header_length, parse_header
+from adapters.safetensors_header import LENGTH_BYTES, MAX_TENSORS, header_length
 from adapters.untrusted_json import parse_object, shown
 
 MAX_INDEX_BYTES = MAX_TENSORS * 384
 """A line of an index holds a tensor's name and a file's."""
 MAX_SHARDS = 64
 
-TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor in its file; `data_start` is where the file's data begins."""
+class WeightFiles:
+    """`headers`: the JSON of each file; `index`: tensor → file name, of a sharded adapter."""
 
-    entry: TensorEntry
-    file: OpenFile
-    data_start: int
+    files: tuple[OpenFile, ...]
+    headers: tuple[bytes, ...]
+    index: Mapping[str, str] | None = None
 
-    def read(self, memory: memoryview) -> memoryview:
-        """The tensor's bytes, in the beginning of `memory`, which is as long at least."""
-        data = memory[: self.entry.num_bytes]
-        self.file.read_into(data, self.data_start + self.entry.begin)
-        return data
-
-    def as_tensor(self, data: memoryview) -> Tensor:
-        """The bytes `read` gave as a tensor of the declared shape; shares their memory."""
-        return torch.frombuffer(data, dtype=TORCH_DTYPES[self.entry.dtype]).view(self.entry.shape)
+    def digest(self) -> bytes:
+        """Of all that says which tensors there are and where: headers, sizes and the index."""
+        digest = hashlib.sha256()
+        for file, header in zip(self.files, self.headers, strict=True):
+            digest.update(f"{file.name} {file.num_bytes} {len(header)}\n".encode())
+            digest.update(header)
+        for name, shard in sorted((self.index or {}).items()):
+            digest.update(f"{name} in {shard}\n".encode("utf-8", "surrogatepass"))
+        return digest.digest()
 
 
 @contextmanager
-def open_weights(folder: AdapterFolder, *, max_bytes: int) -> Iterator[Mapping[str, StoredTensor]]:
-    """All tensors by name, files held open meanwhile. Raises AdapterRefused (adapter_corrupt, adapter_too_large)."""
+def open_weights(folder: AdapterFolder, *, max_bytes: int) -> Iterator[WeightFiles]:
+    """All files, in the order of their names, held open meanwhile. Raises AdapterRefused (adapter_corrupt,
+    adapter_too_large)."""
     with ExitStack() as stack:
         index = _read_index(folder) if folder.is_sharded else None
         names = sorted(set(index.values())) if index is not None else [folder.weights]
-        files = [stack.enter_context(folder.open(name)) for name in names]
+        files = tuple(stack.enter_context(folder.open(name)) for name in names)
         _check_size(sum(file.num_bytes for file in files), max_bytes)
-        tensors: dict[str, StoredTensor] = {}
-        for file in files:
-            for name, stored in _read_header(file).items():
-                if name in tensors:
-                    raise _corrupt(f"the tensor stands in {tensors[name].file.name} and in {file.name}", name)
-                tensors[name] = stored
-        if len(tensors) > MAX_TENSORS:
-            raise _too_large(f"the shards hold {len(tensors)} tensors, over the limit of {MAX_TENSORS}")
-        if index is not None:
-            _check_index(index, tensors)
-        yield tensors
+        yield WeightFiles(files, tuple(map(_read_header, files)), index)
 
 
 def shard_names(folder: AdapterFolder) -> list[str]:
@@ -69,11 +55,9 @@ def shard_names(folder: AdapterFolder) -> list[str]:
     return sorted(set(_read_index(folder).values()))
 
 
-def _read_header(file: OpenFile) -> dict[str, StoredTensor]:
+def _read_header(file: OpenFile) -> bytes:
     length = header_length(file.read(LENGTH_BYTES), file_bytes=file.num_bytes, what=file.name)
-    start = LENGTH_BYTES + length
-    entries = parse_header(file.read(length, LENGTH_BYTES), data_bytes=file.num_bytes - start, what=file.name)
-    return {name: StoredTensor(entry, file, start) for name, entry in entries.items()}
+    return file.read(length, LENGTH_BYTES)
 
 
 def _read_index(folder: AdapterFolder) -> dict[str, str]:
@@ -92,13 +76,6 @@ def _read_index(folder: AdapterFolder) -> dict[str, str]:
     if len(set(index.values())) > MAX_SHARDS:
         raise _too_large(f"{folder.weights} names {len(set(index.values()))} shards, over the limit of {MAX_SHARDS}")
     return index
-
-
-def _check_index(index: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> None:
-    for name in index.keys() | tensors.keys():
-        place = tensors[name].file.name if name in tensors else None
-        if index.get(name) != place:
-            raise _corrupt(f"the index places it in {shown(index.get(name))}, it is in {place or 'no shard'}", name)
 
 
 def _check_size(num_bytes: int, max_bytes: int) -> None:

@@ -160,6 +160,9 @@ class ServeOptions:
     max_adapter_bytes: Annotated[Memory, Parameter(group=_ADAPTER_FLAGS, help="One adapter's files.")] = (
         _LORA.max_adapter_bytes
     )
+    max_full_bytes: Annotated[
+        Memory, Parameter(group=_ADAPTER_FLAGS, help="An adapter's own embedding and head, if they are not rows.")
+    ] = _LORA.max_full_bytes
     enable_lora: Annotated[
         bool, Parameter(group=_ADAPTER_FLAGS, negative="", show_default=False, help="Accepted and ignored: always on.")
     ] = True

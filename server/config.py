@@ -52,6 +52,7 @@ class LoRALimits:
     max_cpu_loras: int | None = None  # adapters in host memory; None = as many as cpu_lora_memory holds
     cpu_lora_memory: int = 4 * GIB  # bytes of adapters in host memory
     max_adapter_bytes: int = 2 * GIB  # bytes of one adapter's files
+    max_full_bytes: int = 512 * MIB  # bytes of embedding and head that one adapter brings whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from adapters.lora_batch import LoRABatch, RowRanges
 from adapters.lora_layers import LoRALayers
+from adapters.staged_extras import StagedExtras
 from server.engine.attention.interface import AttentionMetadata
 from server.engine.base_model import BaseModel
 from server.engine.cuda_graphs import Bucket, DecodeGraphs, Graph, GraphBackend, bucket_sizes
 from server.engine.device_step import DeviceStep, StagedPart, StagedStep, StepCaps
 from server.engine.forward_batch import ForwardBatch
-from server.engine.model_runner import carry
+from server.engine.model_runner import carry, staged_extras
 
 
 class DeviceRunner:
@@ -60,14 +61,14 @@ class DeviceRunner:
         if batch.carried is not None:
             assert last_ids is not None
             staged.input_ids.copy_(carry(staged.input_ids, staged.carried, last_ids))
-        logits = found[1].replay() if found else self._forward(staged)
+        logits = found[1].replay() if found else self._forward(staged, staged_extras(batch, self.lora))
         return logits[: len(batch.logits_indices)]
 
     def _graph_for(self, batch: ForwardBatch) -> tuple[int, Graph] | None:
         """The graph that can run the batch and the size of its bucket; None = run it eagerly."""
         num_rows = len(batch.attention.context_lens)
         is_decode = batch.attention.num_decode_rows == num_rows and len(batch.logits_indices) <= num_rows
-        if self.graphs is None or not is_decode:
+        if self.graphs is None or not is_decode or batch.extras is not None:  # extras are torch operations on rows
             return None
         # A bucket has room for one adapter per row; rows that compose several take a larger one.
         num_entries = 0 if batch.lora is None else len(batch.lora.starts)
@@ -95,9 +96,10 @@ class DeviceRunner:
         staged = self._step.staged(self._caps[bucket.num_rows], has_lora=bucket.has_lora)
         return self._forward(staged, everywhere=True)
 
-    def _forward(self, staged: StagedStep, *, everywhere: bool = False) -> Tensor:
+    def _forward(self, staged: StagedStep, extras: StagedExtras | None = None, *, everywhere: bool = False) -> Tensor:
         """Logits; `everywhere` for what must serve adapters that come later and target others than today's."""
-        with self.base.context.running(staged.attention), self.lora.applying(staged.lora, everywhere=everywhere):
+        applying = self.lora.applying(staged.lora, extras=extras, everywhere=everywhere)
+        with self.base.context.running(staged.attention), applying:
             return self.base.forward(staged.input_ids, staged.positions, staged.logits_indices)
 
 

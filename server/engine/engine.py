@@ -7,8 +7,7 @@ row whose logits are not finite ends alone.
 """
 
 import logging
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -26,16 +25,16 @@ from server.engine.base_model import BaseModel
 from server.engine.block_manager import BlockManager
 from server.engine.device_sampler import DeviceSampler, TokensUnderWay, samples_on_device
 from server.engine.forward_batch import ForwardBatch, build_forward_batch
+from server.engine.forward_extras import with_extras
+from server.engine.prompt_logprobs import PromptLogprobs
 from server.engine.request import EngineStats, Request, RequestOutput, SampledToken, TokenLogprob
 from server.engine.runner_choice import Runner, choose_runner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
-from server.engine.scheduler_output import SchedulerOutput
+from server.engine.scheduler_output import ScheduledRow, SchedulerOutput
 from server.errors import BadRequest
 
 logger = logging.getLogger(__name__)
-
-PromptLogprobs = list[TokenLogprob | None]
 
 _NOT_FINITE = "the model gave no finite logits for this request; is its adapter sound?"
 
@@ -106,7 +105,7 @@ class Engine:
         max_num_seqs = config.scheduler.max_num_seqs
         self.device_sampler = DeviceSampler(self.num_token_ids, max_num_seqs, base.device) if is_ahead else None
         self._in_flight: _InFlight | None = None
-        self._prompt_logprobs: dict[str, PromptLogprobs] = {}
+        self._prompt_logprobs = PromptLogprobs(self.sampler)
 
     @property
     def has_work(self) -> bool:
@@ -140,7 +139,7 @@ class Engine:
         """Run one step. Never raises for what a request or adapter did; those requests end with an error."""
         scheduled = self.scheduler.schedule()
         for request_id in scheduled.preempted:  # they compute their prompt again
-            self._prompt_logprobs.pop(request_id, None)
+            self._prompt_logprobs.forget(request_id)
         outputs: list[RequestOutput] = []
         before = self._take_in_flight()
         launches = self._launches(scheduled)
@@ -189,10 +188,15 @@ class Engine:
         assert self.device_sampler is not None
         self.adapters.activate()
         pending = before.row_of if before else None
-        batch = build_forward_batch(scheduled.rows, self.blocks.block_size, self.adapters.row_ranges, pending)
+        batch = self._batch(scheduled.rows, pending)
         logits = self.runner.execute(batch, self.device_sampler.last_ids)
         tokens = self.device_sampler.launch(logits[: len(batch.sampled)], batch.sampled)
         self._in_flight = _InFlight(scheduled, batch.sampled, tokens)
+
+    def _batch(self, rows: Sequence[ScheduledRow], pending: Mapping[str, int] | None = None) -> ForwardBatch:
+        """The arrays of a step whose adapters are activated."""
+        batch = build_forward_batch(rows, self.blocks.block_size, self.adapters.row_ranges, pending)
+        return with_extras(batch, self.adapters.layers.extras, keeps_logits=self.base.keeps_logits)
 
     def _take_in_flight(self) -> _InFlight | None:
         step, self._in_flight = self._in_flight, None
@@ -215,12 +219,12 @@ class Engine:
         prompt_logprobs: dict[str, tuple[TokenLogprob | None, ...]] = {}
         if scheduled.rows:
             self.adapters.activate()
-            batch = build_forward_batch(scheduled.rows, self.blocks.block_size, self.adapters.row_ranges)
+            batch = self._batch(scheduled.rows)
             logits = self.runner.execute(batch)
             sampled, broken = self._sample(batch, logits)
-            broken += self._collect_prompt_logprobs(batch, logits)
+            broken += self._prompt_logprobs.collect(batch, logits)
             outputs += self._fail(broken, _NOT_FINITE)
-            prompt_logprobs = self._take_finished_prompts(scheduled)
+            prompt_logprobs = self._prompt_logprobs.take_finished(scheduled)
         outputs += self.scheduler.update(scheduled, sampled, prompt_logprobs)
 
     def _sample(self, batch: ForwardBatch, logits: Tensor) -> tuple[dict[str, SampledToken], list[str]]:
@@ -232,34 +236,11 @@ class Engine:
         good = {request.request_id: token for request, token in pairs if token is not None}
         return good, [request.request_id for request, token in pairs if token is None]
 
-    def _collect_prompt_logprobs(self, batch: ForwardBatch, logits: Tensor) -> list[str]:
-        """Keep what this step tells of prompts; the ids of requests whose logits are not finite."""
-        broken = []
-        for rows in batch.prompt_logprobs:
-            num_top = rows.request.sampling_params.prompt_logprobs or 0
-            found = self.sampler.prompt_logprobs(logits[rows.begin : rows.end], rows.next_token_ids, num_top)
-            # The first token has no logprob: nothing precedes it.
-            self._prompt_logprobs.setdefault(rows.request.request_id, [None]).extend(found)
-            if any(math.isnan(each.logprob) for each in found):
-                broken.append(rows.request.request_id)
-        return broken
-
-    def _take_finished_prompts(self, scheduled: SchedulerOutput) -> dict[str, tuple[TokenLogprob | None, ...]]:
-        """Prompt logprobs of the requests whose prompt ends in this step."""
-        finished = {}
-        for row in scheduled.rows:
-            request = row.request
-            wants = request.sampling_params.prompt_logprobs is not None and not request.output_token_ids
-            if wants and request.num_computed_tokens + row.num_new_tokens >= request.num_prompt_tokens:
-                collected = self._prompt_logprobs.pop(request.request_id, [None])
-                finished[request.request_id] = tuple(collected)
-        return finished
-
     def _fail(self, request_ids: Sequence[str], message: str) -> list[RequestOutput]:
         return self.scheduler.fail(request_ids, message) if request_ids else []
 
     def _forget(self, request_id: str) -> None:
-        self._prompt_logprobs.pop(request_id, None)
+        self._prompt_logprobs.forget(request_id)
         self.sampler.forget(request_id)
 
     def check_integrity(self) -> None:

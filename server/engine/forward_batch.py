@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adapters.adapter_ref import AdapterUse
+from adapters.extras_batch import ExtrasBatch
 from adapters.lora_batch import LoRABatch, RowRanges
 from server.engine.attention.interface import AttentionMetadata
 from server.engine.request import Request
@@ -43,6 +44,7 @@ class ForwardBatch:
     attention: AttentionMetadata
     lora: LoRABatch | None
     carried: IntArray | None = None  # [num_tokens]
+    extras: ExtrasBatch | None = None  # what adapters have beside low-rank pairs of linears (forward_extras.py)
 
     @property
     def num_tokens(self) -> int:

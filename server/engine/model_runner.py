@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from adapters.lora_layers import LoRALayers
+from adapters.staged_extras import StagedExtras
 from server.engine.base_model import BaseModel
 from server.engine.forward_batch import ForwardBatch
 
@@ -29,8 +30,20 @@ class ModelRunner:
             assert last_ids is not None
             input_ids = carry(input_ids, torch.from_numpy(batch.carried).to(device), last_ids)
         lora = None if batch.lora is None else self.lora.ops.stage(batch.lora)
-        with self.base.step_context(), self.base.context.running(batch.attention), self.lora.applying(lora):
+        with (
+            self.base.step_context(),
+            self.base.context.running(batch.attention),
+            self.lora.applying(lora, extras=staged_extras(batch, self.lora)),
+        ):
             return self.base.forward(input_ids, positions, indices)
+
+
+def staged_extras(batch: ForwardBatch, lora: LoRALayers) -> StagedExtras | None:
+    """The batch's extras as the layers read them."""
+    if batch.extras is None:
+        return None
+    assert batch.lora is not None
+    return lora.extras.stage(batch.extras, batch.lora)
 
 
 def carry(input_ids: Tensor, carried: Tensor, last_ids: Tensor) -> Tensor:

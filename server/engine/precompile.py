@@ -27,6 +27,7 @@ SECONDS = {
     "adapters.ops.cpu_kernels:add_tile_bf16": 6.3,
     "adapters.ops.cpu_kernels:add_bf16": 3.3,
     "server.engine.attention.prefill_kernels:attend_pieces": 2.8,
+    "adapters.ops.cpu_affine_kernels:affine_bf16": 1.5,
     "server.engine.product_kernels:product": 1.2,
     "server.engine.fused_kernels:_rms_norm_bf16": 0.7,
     "server.engine.fused_kernels:_rotary_bf16": 0.7,

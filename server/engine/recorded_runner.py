@@ -1,4 +1,4 @@
-"""Runs decode steps on the CPU from recordings, one for each number of rows, with adapters and without.
+"""Runs decode steps on the CPU from recordings, one for each number of rows, with adapters of each kind and without.
 
 What differs between two steps of as many rows lies in places that stay: token ids, positions, block tables, which
 adapter each row has. Steps with prompts, and the first step of each number of rows, run the model's own code. Knows
@@ -17,11 +17,13 @@ from adapters.lora_layers import LoRALayers
 from adapters.ops import bf16_dot
 from adapters.ops.cpu import StagedBatch
 from adapters.ops.thread_team import current_team
+from adapters.staged_extras import StagedExtras
+from adapters.step_features import NO_FEATURES, RECORDABLE, StepFeature
 from server.engine.attention.cpu import CPUAttention
 from server.engine.attention.interface import AttentionMetadata
 from server.engine.base_model import BaseModel
 from server.engine.forward_batch import ForwardBatch
-from server.engine.model_runner import ModelRunner, carry
+from server.engine.model_runner import ModelRunner, carry, staged_extras
 from server.engine.recording import Recording, record
 from server.engine.tensor_arena import TensorArena
 
@@ -33,6 +35,7 @@ class _Kind(NamedTuple):
 
     num_rows: int
     has_lora: bool
+    features: StepFeature = NO_FEATURES  # that its adapters have together
 
 
 @dataclass(slots=True)
@@ -43,15 +46,20 @@ class _Step:
     positions: Tensor  # int64 [num_rows]
     logits_indices: Tensor  # int64 [num_rows]
     lora: StagedBatch | None
+    extras: StagedExtras | None = None
     recording: Recording | None = None
     is_eager: bool = False  # it could not be recorded
 
-    def fill(self, batch: ForwardBatch, input_ids: Tensor, lora: StagedBatch | None) -> None:
+    def fill(
+        self, batch: ForwardBatch, input_ids: Tensor, lora: StagedBatch | None, extras: StagedExtras | None
+    ) -> None:
         self.input_ids.copy_(input_ids)
         self.positions.copy_(torch.from_numpy(batch.positions))
         self.logits_indices.copy_(torch.from_numpy(batch.logits_indices))
         if self.lora is not None and lora is not None:
             self.lora.become(lora)
+        if self.extras is not None and extras is not None:
+            self.extras.become(extras)
 
 
 @dataclass
@@ -98,9 +106,10 @@ class RecordedRunner:
             assert last_ids is not None
             input_ids = carry(input_ids, torch.from_numpy(batch.carried), last_ids)
         lora = None if batch.lora is None else self.lora.ops.stage(batch.lora)
+        extras = staged_extras(batch, self.lora)
         if step.lora is None and lora is not None:
-            step.lora = StagedBatch(lora.batch)
-        step.fill(batch, input_ids, lora)
+            step.lora, step.extras = StagedBatch(lora.batch), staged_extras(batch, self.lora)
+        step.fill(batch, input_ids, lora, extras)
         try:
             return self._play(step.recording, batch.attention) if step.recording else self._record(step, batch)
         except Exception as error:  # new tokens are written where they would have been, so the step can run again
@@ -109,10 +118,14 @@ class RecordedRunner:
             return self._eager.execute(batch, last_ids)
 
     def _kind(self, batch: ForwardBatch) -> _Kind | None:
-        """None for a step that is not recorded: with a prompt in it, or a row that samples nothing."""
+        """None for a step that is not recorded: with a prompt in it, a row that samples nothing, or an adapter whose
+        tensors have other shapes than the base's."""
         num_rows = batch.attention.num_decode_rows
+        features = NO_FEATURES if batch.extras is None else batch.extras.features
         is_decode = num_rows == batch.num_tokens == len(batch.logits_indices)
-        return _Kind(num_rows, batch.lora is not None) if is_decode and self.is_recording else None
+        if not is_decode or not self.is_recording or features & ~RECORDABLE:
+            return None
+        return _Kind(num_rows, batch.lora is not None, features)
 
     def _play(self, recording: Recording, attention: AttentionMetadata) -> Tensor:
         self._attention.prepare(attention)
@@ -125,7 +138,7 @@ class RecordedRunner:
         with (
             self.base.step_context(),
             self.base.context.running(batch.attention),
-            self.lora.applying(step.lora, everywhere=True),
+            self.lora.applying(step.lora, extras=step.extras, everywhere=True),
         ):
             logits, step.recording = record(lambda: self._forward(step), self._team, self._arena)
         return logits

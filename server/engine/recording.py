@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from adapters.host_call import HostFunction, watched_host_calls
 from adapters.ops.chunk_kernel import Kernel
 from adapters.ops.thread_team import KernelArguments, KernelProgram, ThreadTeam, watched_kernels
 from server.engine import fused_kernels as kernels
@@ -65,7 +66,7 @@ class Recording:
 
     @property
     def num_operations(self) -> int:
-        """Of torch, which run one by one."""
+        """Of torch, which run one by one, and calls of plain Python (adapters/host_call.py)."""
         return sum(not isinstance(part, KernelProgram) for part in self._parts)
 
     def play(self) -> Tensor:
@@ -86,7 +87,7 @@ def record(run: Callable[[], Tensor], team: ThreadTeam, arena: TensorArena) -> t
     """
     arena.clear()
     recorder = _Recorder(team, arena)
-    with recorder, watched_kernels(recorder.note_kernel):
+    with recorder, watched_kernels(recorder.note_kernel), watched_host_calls(recorder.run_host_call):
         output = run()
     return output, Recording(team, recorder.parts, arena.view(output), (arena, recorder.held))
 
@@ -99,8 +100,22 @@ class _Recorder(TorchDispatchMode):
         self._team, self._arena = team, arena
         self.parts: list[Part] = []
         self.held: list[Tensor] = []  # what our own sums read, wherever it lies
+        self._is_hosting = False
+
+    def run_host_call(self, function: HostFunction, tensors: tuple[Tensor, ...]) -> None:
+        """Run a call of plain Python unseen, and note it whole: it may ask for values, and does so each time anew."""
+        self._is_hosting = True
+        try:
+            with _disable_current_modes():
+                function(*tensors)
+        finally:
+            self._is_hosting = False
+        views = [self._arena.view(tensor) for tensor in tensors]
+        self.parts.append(lambda: function(*views))
 
     def note_kernel(self, kernel: Kernel, arguments: KernelArguments, num_chunks: int) -> None:
+        if self._is_hosting:
+            return
         last = self.parts[-1] if self.parts else None
         if not isinstance(last, KernelProgram):
             last = KernelProgram()

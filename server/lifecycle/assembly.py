@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from adapters.checkpoint import CheckpointLimits, load_lora_model
+from adapters.plan_cache import PlanCache
 from adapters.version_store import VersionStore, base_key
 from server.async_engine import AsyncEngine
 from server.config import AdapterConfig, LoRALimits
@@ -64,10 +65,16 @@ async def open_adapters(
     )
     stack.callback(sources.close)
     info = engine.info
-    limits = CheckpointLimits(max_lora_rank=lora.max_lora_rank, max_adapter_bytes=lora.max_adapter_bytes)
+    limits = CheckpointLimits(
+        max_lora_rank=lora.max_lora_rank,
+        max_adapter_bytes=lora.max_adapter_bytes,
+        max_full_bytes=lora.max_full_bytes,
+    )
     service = AdapterService(
         engine,
-        partial(load_lora_model, base=info.base, limits=limits, dtype=info.dtype),
+        partial(
+            load_lora_model, base=info.base, limits=limits, dtype=info.dtype, weights=info.weights, plans=PlanCache()
+        ),
         metrics,
         catalogue=Catalogue.open(config.database_url or state.catalogue_url),
         store=VersionStore(

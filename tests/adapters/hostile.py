@@ -407,17 +407,16 @@ def _extra(name: str, key: str, code: Code, names: str, shape: tuple[int, ...] =
     HOSTILE.append(HostileCase(f"extra_{name}", build, code, names))
 
 
-_extra("embedding", "model.embed_tokens.lora_embedding_A", Code.UNSUPPORTED, "lora_embedding_A")
-_extra("magnitude", "model.layers.0.q.lora_magnitude_vector", Code.UNSUPPORTED, "use_dora", (4,))
-_extra("lora_bias", "model.layers.0.q.lora_B.bias", Code.UNSUPPORTED, "lora_bias", (4,))
-_extra("full_head", "lm_head.weight", Code.UNSUPPORTED, "modules_to_save")
-_extra("base_copy", "lm_head.base_layer.weight", Code.UNSUPPORTED, "save_embedding_layers")
-_extra("tokens", "model.embed_tokens.token_adapter.trainable_tokens_delta", Code.UNSUPPORTED, "trainable_token")
+_extra("embedding", "model.embed_tokens.lora_embedding_A", Code.INCOMPLETE_PAIR, "lora_embedding_A")
+_extra("magnitude", "model.layers.0.q.lora_magnitude_vector", Code.INCOMPLETE_PAIR, "use_dora", (4,))
+_extra("lora_bias", "model.layers.0.q.lora_B.bias", Code.INCOMPLETE_PAIR, "lora_B.bias", (4,))
+_extra("whole_of_nothing", "model.layers.0.mlp.weight", Code.KEY_UNMATCHED, "model.layers.0.mlp")
+_extra("tokens", "model.embed_tokens.token_adapter.trainable_tokens_delta", Code.INCOMPLETE_PAIR, "trainable_token")
 _extra("loralib", "model.layers.0.q.lora_A", Code.UNSUPPORTED, "format=loralib")
 _extra("torchtune", "layers.0.attn.q_proj.lora_a.weight", Code.UNSUPPORTED, "torchtune")
 _extra("kohya", "lora_unet_down_blocks_0.lora_down.weight", Code.UNSUPPORTED, "image model")
 _extra("stray", "model.layers.0.something", Code.KEY_UNMATCHED, "something")
-_extra("two_halves_in_one", "model.lora_A.lora_B.weight", Code.KEY_UNMATCHED, "lora_A.lora_B")
+_extra("two_halves_in_one", "model.lora_A.lora_B.weight", Code.AMBIGUOUS_LAYOUT, "lora_A.lora_B")
 _extra("second_adapter", "model.layers.0.q.lora_A.other.weight", Code.AMBIGUOUS_LAYOUT, "adapter names")
 
 
@@ -438,27 +437,22 @@ def lora_on_the_head(d: Draft) -> None:
 
 # Fields of the config
 
-for _field, _value in {
-    "use_dora": True,
-    "lora_bias": True,
-    "modules_to_save": ["lm_head"],
-    "trainable_token_indices": [1, 2],
-    "target_parameters": ["mlp.experts.gate_up_proj"],
-    "alora_invocation_tokens": [1, 2],
-    "layer_replication": [[0, 2], [1, 3]],
-    "use_qalora": True,
-    "use_bdlora": {"nblocks": 2},
-    "arrow_config": {"top_k": 3},
-    "kasa_config": {"beta": 1e-4},
-    "velora_config": {"scale": 1.0},
-    "monteclora_config": {"n": 4},
-    "megatron_config": {"tensor_model_parallel_size": 2},
-    "bias": "all",
-}.items():
-    config_case(_field, _field, _value, Code.UNSUPPORTED, _field)
+for _field, _value, _code in (
+    ("use_dora", True, Code.INCOMPLETE_PAIR),
+    ("lora_bias", True, Code.INCOMPLETE_PAIR),
+    ("modules_to_save", ["lm_head"], Code.INCOMPLETE_PAIR),
+    ("trainable_token_indices", [1, 2], Code.INCOMPLETE_PAIR),
+    ("target_parameters", ["mlp.experts.gate_up_proj"], Code.UNSUPPORTED),
+    ("layer_replication", [[0, 2], [1, 3]], Code.UNSUPPORTED),
+    ("use_bdlora", {"nblocks": 2}, Code.SHAPE_MISMATCH),
+    ("arrow_config", {"top_k": 3}, Code.UNSUPPORTED),
+    ("kasa_config", {"beta": 1e-4}, Code.UNSUPPORTED),
+    ("megatron_config", {"tensor_model_parallel_size": 2}, Code.UNSUPPORTED),
+):
+    config_case(_field, _field, _value, _code, _field)
 for _init in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "something_new", 1, ["pissa"]):
     config_case(f"init_{_init}", "init_lora_weights", _init, Code.UNSUPPORTED, "init_lora_weights=")
-for _name, _type in {"vera": "VERA", "none": None, "number": 1, "list": ["LORA"]}.items():
+for _name, _type in {"hira": "HIRA", "none": None, "number": 1, "list": ["LORA"]}.items():
     config_case(f"peft_type_{_name}", "peft_type", _type, Code.UNSUPPORTED, "peft_type")
 config_case("unknown_field", "use_quantum", True, Code.UNKNOWN_FIELD, "use_quantum=True")
 config_case("unknown_name_with_escape", "\x1b[31m", 1, Code.UNKNOWN_FIELD, "\\x1b[31m")

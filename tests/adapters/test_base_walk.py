@@ -11,12 +11,12 @@ from transformers import AttentionInterface, GPTBigCodeConfig, GPTBigCodeForCaus
 from adapters.base_parts import ExpertsShape, HeadShape
 from adapters.base_walk import modules_of
 from adapters.module_names import linears_of
-from tests.conformance.models import CONFIGS, VOCAB, build, fresh
+from tests.conformance.models import CONFIGS, REFUSED_BASES, VOCAB, build, fresh
 
 TIED = {"cohere", "gemma", "gemma2", "gemma3", "gemma3_vl", "gpt2", "gpt_bigcode", "starcoder2", "falcon", "opt"}
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", [*CONFIGS, *REFUSED_BASES])
 def test_the_walk_adds_and_changes_nothing_of_the_linears(architecture: str) -> None:
     model = fresh(architecture)
     base, plain = modules_of(model), linears_of(model)
@@ -25,7 +25,7 @@ def test_the_walk_adds_and_changes_nothing_of_the_linears(architecture: str) -> 
     assert all(isinstance(model.get_submodule(name), nn.Module) for name in base.linears)
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", [*CONFIGS, *REFUSED_BASES])
 def test_a_lookup_is_rows_times_the_scale(architecture: str) -> None:
     model = fresh(architecture)
     shape = modules_of(model).embedding
@@ -36,7 +36,7 @@ def test_a_lookup_is_rows_times_the_scale(architecture: str) -> None:
     assert (shape.scale == 1.0) == ("gemma" not in architecture)
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", [*CONFIGS, *REFUSED_BASES])
 def test_the_head_is_the_last_linear_and_its_tie_the_live_one(architecture: str) -> None:
     model = fresh(architecture)
     head = modules_of(model).head
@@ -63,7 +63,7 @@ def test_a_tie_shows_without_weights_and_a_config_that_says_otherwise_does_not_m
     assert untied.config.tie_word_embeddings and head is not None and not head.is_tied
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", [*CONFIGS, *REFUSED_BASES])
 def test_who_has_a_bias(architecture: str) -> None:
     model = fresh(architecture)
     base = modules_of(model)

@@ -6,13 +6,14 @@ that is forgotten shows. Windows are shorter than the prompts. Knows nothing of 
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as hf
 from torch import nn
 
 VOCAB = 96
-_SIZE = {
+_SIZE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -23,10 +24,10 @@ _SIZE = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_GROUPED = {**_SIZE, "num_key_value_heads": 2}
-_WIDE_HEADS = {**_GROUPED, "head_dim": 16}
-_OF_EXPERTS = {**_GROUPED, "num_experts_per_tok": 2}
-_GPT2 = {
+_GROUPED: dict[str, Any] = {**_SIZE, "num_key_value_heads": 2}
+_WIDE_HEADS: dict[str, Any] = {**_GROUPED, "head_dim": 16}
+_OF_EXPERTS: dict[str, Any] = {**_GROUPED, "num_experts_per_tok": 2}
+_GPT2: dict[str, Any] = {
     "vocab_size": VOCAB,
     "n_embd": 32,
     "n_layer": 2,
@@ -37,9 +38,18 @@ _GPT2 = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}  # heads of 8: halves of 4
-_TEXT = {**_GROUPED, "rope_parameters": _ROPE}
-_VISION_TOKENS = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+_ROPE: dict[str, Any] = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "mrope_section": [1, 1, 2],
+}  # heads of 8: halves of 4
+_TEXT: dict[str, Any] = {**_GROUPED, "rope_parameters": _ROPE}
+_VISION_TOKENS: dict[str, Any] = {
+    "image_token_id": 90,
+    "video_token_id": 91,
+    "vision_start_token_id": 92,
+    "vision_end_token_id": 93,
+}
 
 
 def _qwen2_vl() -> hf.PreTrainedConfig:
@@ -88,9 +98,6 @@ CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "gpt_bigcode": lambda: hf.GPTBigCodeConfig(**_GPT2, multi_query=True),
     "starcoder2": lambda: hf.Starcoder2Config(**_GROUPED, sliding_window=8),
     "gpt_neox": lambda: hf.GPTNeoXConfig(**_SIZE, rotary_pct=0.5),
-    "falcon": lambda: hf.FalconConfig(
-        **{**_SIZE, "ffn_hidden_size": 64}, bias=True, new_decoder_architecture=False, multi_query=True
-    ),
     "opt": lambda: hf.OPTConfig(**{**_SIZE, "ffn_dim": 64}, word_embed_proj_dim=32),
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
@@ -102,7 +109,14 @@ CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "mixtral": lambda: hf.MixtralConfig(**_OF_EXPERTS, num_local_experts=4, sliding_window=None),
     "gpt_oss": lambda: hf.GptOssConfig(**_OF_EXPERTS, head_dim=16, num_local_experts=4, sliding_window=8),
 }
-"""Architecture → its config, made anew. The keys are the rows of the table in docs/adapters.md."""
+"""Architecture → its config, made anew. The keys are the columns of the table in docs/adapters.md."""
+
+REFUSED_BASES: dict[str, Callable[[], hf.PreTrainedConfig]] = {
+    "falcon": lambda: hf.FalconConfig(
+        **{**_SIZE, "ffn_hidden_size": 64}, bias=True, new_decoder_architecture=False, multi_query=True
+    ),
+}
+"""Models that the server does not take, since transformers computes their attention without its attention interface."""
 
 
 def build(config: hf.PreTrainedConfig) -> nn.Module:
@@ -116,7 +130,7 @@ def build(config: hf.PreTrainedConfig) -> nn.Module:
 def fresh(architecture: str) -> nn.Module:
     """A model of its own with the architecture's weights, float32, in inference mode."""
     torch.manual_seed(sum(map(ord, architecture)))
-    model = build(CONFIGS[architecture]())
+    model = build({**CONFIGS, **REFUSED_BASES}[architecture]())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:

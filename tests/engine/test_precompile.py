@@ -7,6 +7,7 @@ from types import ModuleType
 import numba
 import pytest
 
+from adapters.ops import cpu_affine_kernels as affine
 from adapters.ops import cpu_kernels as lora
 from adapters.ops.chunk_kernel import ChunkKernel, chunk_kernel
 from server.engine import fused_kernels, fused_mlp_kernels, precompile, product_kernels
@@ -19,7 +20,7 @@ SMALL = ("server.engine.fused_kernels:_add_bf16", "server.engine.fused_mlp_kerne
 
 
 @pytest.mark.parametrize(
-    "module", [lora, attention, prefill_kernels, product_kernels, fused_mlp_kernels, fused_kernels], ids=str
+    "module", [lora, affine, attention, prefill_kernels, product_kernels, fused_mlp_kernels, fused_kernels], ids=str
 )
 def test_every_bfloat16_kernel_is_compiled_ahead(module: ModuleType) -> None:
     kernels = {name: each for name, each in vars(module).items() if isinstance(each, ChunkKernel)}

@@ -3,24 +3,25 @@
 They patch classes, so that what runs already is broken too. Knows nothing of how a fault is caught.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
-from adapters import checkpoint
+from adapters import placement, run_extras, run_plan
 from adapters.adapter_ref import AdapterUse, AdapterVersion, Lease
 from adapters.errors import AdapterRefused
+from adapters.load_plan import PlacedPair
 from adapters.lora_config import LoRAConfig
 from adapters.lora_model import LoRAModel
-from adapters.module_names import BaseModules, LinearShape, Resolution
+from adapters.module_names import BaseModules, Resolution
 from adapters.packed_modules import PackedModules
 from adapters.registry import AdapterRegistry
 from adapters.residency import AdapterResidency
 from adapters.row_range_pool import RowRangePool
-from adapters.weight_files import StoredTensor
+from adapters.tensor_pieces import Piece
 from server.engine import engine as engine_module
 from server.engine.adapter_room import AdapterRoom, Room
 from server.engine.engine import Engine
@@ -154,49 +155,41 @@ def replacement_mutates_what_runs(patch: pytest.MonkeyPatch) -> None:
 
 def unmatched_modules_are_dropped(patch: pytest.MonkeyPatch) -> None:
     """vllm#34186: a tensor whose module the base does not have is left out, and the load is a success."""
-    real = checkpoint.resolve
+    real, read = placement.locate, run_plan.read_piece
 
     def lenient(names: Sequence[str], base: BaseModules) -> Resolution:
         try:
             return real(names, base)
-        except AdapterRefused:
-            some = sorted(base.linears)  # nothing fits: take the first modules, whose weights become zero below
-            return Resolution(dict(zip(names, some, strict=False)), "lenient")
+        except AdapterRefused:  # some modules that fit, whose weights become zero below
+            return Resolution({name: name.removeprefix("nowhere.") for name in names}, "lenient")
 
-    def emptied(stored: StoredTensor, data: Any) -> Tensor:
-        tensor = as_tensor(stored, data)
-        return tensor * 0 if "nowhere" in stored.entry.name else tensor
+    def emptied(piece: Piece, files: Any, digest: Any) -> Tensor:
+        memory = read(piece, files, digest)
+        return memory.zero_() if any("nowhere" in name for name in piece.names) else memory
 
-    as_tensor = StoredTensor.as_tensor
-    patch.setattr(checkpoint, "resolve", lenient)
-    patch.setattr(StoredTensor, "as_tensor", emptied)
+    patch.setattr(placement, "locate", lenient)
+    patch.setattr(run_plan, "read_piece", emptied)
 
 
 def undersized_tensors_are_padded(patch: pytest.MonkeyPatch) -> None:
     """vllm-omni#6476: a tensor smaller than its module is filled up with zeros."""
-    as_tensor = StoredTensor.as_tensor
-    widths: dict[str, int] = {}  # tensor → the width its module wants
+    _take_any_shape(patch)
 
-    def accept(lora_a: Any, lora_b: Any, module: str, shape: LinearShape) -> int:
-        widths.update({lora_a.entry.name: shape.in_features, lora_b.entry.name: shape.out_features})
-        return int(lora_a.entry.shape[0])
 
-    def padded(stored: StoredTensor, data: Any) -> Tensor:
-        tensor, width = as_tensor(stored, data), widths[stored.entry.name]
-        if "lora_A" in stored.entry.name:
-            return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]))  # [r, in]
-        return torch.nn.functional.pad(tensor, (0, 0, 0, width - tensor.shape[0]))  # [out, r]
+def _take_any_shape(patch: pytest.MonkeyPatch) -> None:
+    """What is too small is filled up with zeros, what is too large is cut."""
 
-    def roomy(pairs: Any, dtype: torch.dtype) -> PackedModules:
-        sizes = ((p.module, p.lora_a.entry, p.lora_b.entry) for p in pairs)
-        shapes = ((module, a.shape[0], widths[a.name], widths[b.name]) for module, a, b in sizes)
-        layout = checkpoint.layout_of(shapes, align=checkpoint.ALIGNMENT // dtype.itemsize)
-        return PackedModules(layout, torch.empty(layout.num_elements, dtype=dtype))
+    def fitted(placed: PlacedPair, sources: Any, made: Any, modules: PackedModules) -> None:
+        lora_a, lora_b = (sources.floats(name) for name in placed.pair.inputs)
+        target = modules[placed.module]
+        for stored, to in ((lora_a, target.lora_a), (lora_b.T * placed.pair.scale, target.lora_b)):
+            rows, columns = (min(sizes) for sizes in zip(stored.shape, to.shape, strict=True))
+            to[:rows, :columns] = stored[:rows, :columns]
 
-    patch.setattr(checkpoint, "_check_base", lambda *_: None)
-    patch.setattr(checkpoint, "_check_shapes", accept)
-    patch.setattr(checkpoint, "_empty_modules", roomy)
-    patch.setattr(StoredTensor, "as_tensor", padded)
+    patch.setattr(placement, "_check_base", lambda *_: None)
+    patch.setattr(placement, "_check_shapes", lambda lora_a, lora_b, module, shape: int(lora_a.shape[0]))
+    patch.setattr(PlacedPair, "is_copied", False)
+    patch.setattr(run_extras, "_fold_pair", fitted)
 
 
 def rslora_is_ignored(patch: pytest.MonkeyPatch) -> None:
@@ -225,14 +218,17 @@ def nobody_hears_of_the_unused(patch: pytest.MonkeyPatch) -> None:
 
 def a_place_is_read_once(patch: pytest.MonkeyPatch) -> None:
     """vllm#48352: what was read from a path is kept by the path, whatever lies there by now."""
-    read, kept = StoredTensor.read, dict[str, memoryview]()
+    read, kept = run_plan.read_piece, dict[tuple[str, ...], Tensor]()
 
-    def once(self: StoredTensor, memory: memoryview) -> memoryview:
-        if self.entry.name not in kept:
-            kept[self.entry.name] = memoryview(bytearray(read(self, memory)))
-        return kept[self.entry.name]
+    def once(piece: Piece, files: Any, digest: Any) -> Tensor:
+        if piece.names not in kept:
+            kept[piece.names] = read(piece, files, hashlib.sha256()).clone()
+        memory = kept[piece.names]
+        for begin, end in piece.hashed:
+            digest.update(memory.numpy().data[begin:end])
+        return memory
 
-    patch.setattr(StoredTensor, "read", once)
+    patch.setattr(run_plan, "read_piece", once)
 
 
 def base_row_takes_a_slot(patch: pytest.MonkeyPatch) -> None:
@@ -279,10 +275,9 @@ def what_follows_a_colon_is_an_adapter(patch: pytest.MonkeyPatch) -> None:
 
 def ranks_are_not_limited(patch: pytest.MonkeyPatch) -> None:
     """gpustack#5438: an adapter over the rank limit goes in, and the engine meets it later."""
-    patch.setattr(checkpoint, "_check_rank", lambda *_: None)
+    patch.setattr(placement, "_check_rank", lambda *_: None)
 
 
 def bases_are_not_compared(patch: pytest.MonkeyPatch) -> None:
     """vllm#11727: an adapter of another base is accepted, and the step that uses it crashes."""
-    patch.setattr(checkpoint, "_check_base", lambda *_: None)
-    patch.setattr(checkpoint, "_check_shapes", lambda a, b, module, shape: int(a.entry.shape[0]))
+    _take_any_shape(patch)

@@ -15,11 +15,11 @@ import httpx
 import pytest
 import torch
 
+from adapters import run_plan
 from adapters.checkpoint import load_lora_model
 from adapters.errors import AdapterRefused, RefusalCode
 from adapters.lora_layers import LoRALayers
 from adapters.lora_model import LoRAModel
-from adapters.weight_files import StoredTensor
 from server.config import MIB, CacheConfig, EngineConfig, HTTPConfig, LoRALimits, ModelConfig, ServerConfig
 from tests.adapters.hostile import PREFIX, Draft, draft
 from tests.end_to_end.in_process import InProcessServer, free_port, in_process, save_tiny_model
@@ -342,8 +342,8 @@ def test_gpustack_5438_a_rank_over_the_limit_goes_in(life_shelf: Shelf, tmp_path
     def check() -> None:
         reads: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
-            read = StoredTensor.read
-            patch.setattr(StoredTensor, "read", lambda self, to: (reads.append(self.entry.name), read(self, to))[1])
+            read = run_plan.read_piece
+            patch.setattr(run_plan, "read_piece", lambda piece, *to: (reads.extend(piece.names), read(piece, *to))[1])
             found = refusal(folder, life_shelf)
         assert found is RefusalCode.TOO_LARGE and not reads, f"refused with {found} after {len(reads)} reads"
 

@@ -1,0 +1,123 @@
+"""The table of cells in docs/adapters.md: `python -m tests.conformance.table` writes it, a test holds it current."""
+
+from pathlib import Path
+
+from adapters.errors import RefusalCode as Code
+from tests.conformance.cells import ALL_LINEAR_OF_WRAPPED, REFUSED, cell
+from tests.conformance.models import CONFIGS, REFUSED_BASES
+from tests.conformance.variants import SUMS, VARIANTS
+
+PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
+BEGIN, END = "<!-- conformance: begin -->", "<!-- conformance: end -->"
+SERVED, REFUSED_MARK, ABSENT = "●", "✕", "·"
+
+WHAT: dict[str, str] = {
+    "plain": "LoRA on all linears",
+    "rslora": "`use_rslora`",
+    "patterns": "`rank_pattern`, `alpha_pattern`",
+    "layers_to_transform": "`layers_to_transform`",
+    "regex": "`target_modules` as an expression",
+    "all_linear": "`target_modules=all-linear`",
+    "gaussian": "`init_lora_weights=gaussian`",
+    "orthogonal": "`init_lora_weights=orthogonal`",
+    "mica": "`init_lora_weights=mica`",
+    "eva": "`init_lora_weights=eva`",
+    "dora": "`use_dora`",
+    "dora_bias": "`use_dora` with `bias=all`",
+    "dora_unsaid": "magnitudes without `use_dora` (torchtune)",
+    "lora_bias": "`lora_bias`",
+    "bias_all": "`bias=all`",
+    "bias_lora_only": "`bias=lora_only`",
+    "bdlora": "`use_bdlora`",
+    "qalora": "`use_qalora`",
+    "embed": "LoRA on the embedding",
+    "embed_dora": "DoRA on the embedding",
+    "head": "LoRA on the head",
+    "head_dora": "DoRA on the head",
+    "embed_head": "LoRA on embedding and head",
+    "embed_tied": "the same with `ensure_weight_tying`",
+    "mts_embed": "`modules_to_save`: the embedding",
+    "mts_head": "`modules_to_save`: the head",
+    "mts_both": "`modules_to_save`: both",
+    "mts_tied": "`modules_to_save`: the embedding, `ensure_weight_tying`",
+    "mts_norm": "`modules_to_save`: norms",
+    "tokens": "`trainable_token_indices`",
+    "tokens_head": "the same with ids of their own for the head",
+    "vocab_grown": "more tokens than the base",
+    "vocab_shrunk": "fewer tokens than the base",
+    "vocab_grown_tokens": "more tokens, LoRA on embedding and head",
+    "alora_never": "aLoRA, not invoked",
+    "alora_once": "aLoRA, invoked once",
+    "alora_twice": "aLoRA, invoked twice",
+    "infix": "keys with the adapter's name inside",
+    "sharded": "shards and `adapter_model.safetensors.index.json`",
+    "sharded_model_index": "shards and `model.safetensors.index.json`",
+    "mixed_dtypes": "float32, bfloat16 and float16 in one file",
+    "inner_wrappers": "FSDP's wrappers inside names",
+    "unsloth": "Unsloth's config",
+    "old_bias_keys": "biases as PEFT before 0.7 named them",
+    "mlx": "MLX-LM's layout",
+    "headless": "names of the model without its head",
+    "text_layout": "names `model.layers…` on a wrapped text model",
+    "inner_layout": "names `language_model.model.layers…`",
+    "outer_layout": "names `language_model.layers…`",
+    "bare_layout": "names `layers…`",
+    "split_fused": "q, k, v apart on a fused linear",
+    "pissa": "PiSSA, not converted",
+    "olora": "OLoRA, not converted",
+    "kasa": "KaSA",
+    "pissa_converted": "PiSSA, converted by PEFT",
+    "olora_converted": "OLoRA, converted by PEFT",
+    "velora": "VeLoRA",
+    "experts": "`target_parameters`: fused experts",
+    "experts_rslora": "the same with `use_rslora`",
+    "experts_grouped": "the same with B grouped by expert (Unsloth)",
+    "experts_down": "one parameter of the experts",
+    "experts_each": "a file with every expert apart",
+    "experts_each_rslora": "the same with `use_rslora`",
+    "router": "the router",
+    "adalora": "AdaLoRA",
+    "vera": "VeRA",
+    "loha": "LoHa",
+    "delora": "DeLoRA",
+    "miss": "MiSS",
+    "ia3": "IA³",
+    "ln_tuning": "LN tuning",
+    "sum_of_two": "0.7 · plain + 0.3 · rsLoRA",
+    "sum_of_three": "three adapters, one with weight 1.25",
+    "negative": "plain − 0.5 · rsLoRA",
+    "weighted": "0.5 · plain",
+    "weighted_dora": "0.5 · DoRA",
+    "sum_with_dora": "0.75 · plain + 0.5 · DoRA",
+}
+
+
+def table() -> str:
+    """Rows are variants, columns architectures; below, why what is refused is."""
+    head = ["|  | " + " | ".join(CONFIGS) + " |", "|---|" + ":-:|" * len(CONFIGS)]
+    rows = [f"| {WHAT[name]} | " + " | ".join(_mark(a, name) for a in CONFIGS) + " |" for name in (*VARIANTS, *SUMS)]
+    legend = [
+        "",
+        f"{SERVED} served, to PEFT's numbers; {REFUSED_MARK} refused by name; {ABSENT} there is no such adapter.",
+        "",
+        *(f"- {WHAT[name]}: `{code}`, {why}." for name, (code, why) in REFUSED.items()),
+        f"- `target_modules=all-linear` on a vision-language model: `{Code.UNSUPPORTED}`, {ALL_LINEAR_OF_WRAPPED}.",
+        f"- Bases that are refused: {', '.join(REFUSED_BASES)}, whose attention passes by transformers' interface.",
+    ]
+    return "\n".join([*head, *rows, *legend])
+
+
+def _mark(architecture: str, name: str) -> str:
+    found = cell(architecture, name)
+    return ABSENT if found.absent is not None else SERVED if found.is_served else REFUSED_MARK
+
+
+def page_with(table: str) -> str:
+    """The page with the table in its place."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page_with(table()), encoding="utf-8")

@@ -248,7 +248,7 @@ def _bar() -> Iterator[OnProgress]:
         task = bar.add_task("reading", total=None)
 
         def show(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
+            bar.update(task, description=what, completed=done, total=total, refresh=done == 0)
 
         yield show
 

@@ -24,8 +24,10 @@ TARGETS = {
     "tone": "all-linear",
     "json": ["o_proj", "q_proj"],
     "more": ["v_proj"],
+    "act": "all-linear",
 }
-RANKS = {"sql": 4, "tone": 8, "json": 2, "more": 3}
+RANKS = {"sql": 4, "tone": 8, "json": 2, "more": 3, "act": 4}
+INVOCATION = [260, 9]  # of act: it begins there in the prompt
 NUM_IDS = 401  # that the tokenizer has; the model has more rows
 
 # what a client sends → what it means
@@ -40,6 +42,8 @@ CASES: list[tuple[dict[str, Any], dict[str, float]]] = [
         {"model": BASE, "adapters": [{"name": "json"}, {"name": "sql", "weight": 0.4}, {"name": "tone", "weight": 2}]},
         {"json": 1.0, "sql": 0.4, "tone": 2.0},
     ),
+    ({"model": "act"}, {"act": 1.0}),
+    ({"model": "act@0.5+tone@0.75"}, {"act": 0.5, "tone": 0.75}),
     ({"model": BASE, "lora": [{"id": 2, "scale": 0.8}, {"id": "sql", "scale": 0.8}]}, {"json": 0.8, "sql": 0.8}),
 ]
 
@@ -50,7 +54,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     model = save_tiny_model(folder / "model")
     made = {
         name: oracle.make_adapter(
-            model, folder / name, seed=rank, std=0.15, r=rank, lora_alpha=2 * rank, target_modules=TARGETS[name]
+            model,
+            folder / name,
+            seed=rank,
+            std=0.15,
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=TARGETS[name],
+            alora_invocation_tokens=INVOCATION if name == "act" else None,
         )
         for name, rank in RANKS.items()
     }
@@ -103,7 +114,10 @@ def test_every_row_of_a_mixed_batch_is_the_sum_by_peft(server: InProcessServer, 
         token_ids = choice.model_extra["token_ids"]
         assert len(token_ids) == NUM_TOKENS
         logits = composed_logits(
-            folders[""], [(folders[name], weight) for name, weight in weights.items()], [*PROMPT, *token_ids]
+            folders[""],
+            [(folders[name], weight) for name, weight in weights.items()],
+            [*PROMPT, *token_ids],
+            {folders["act"]: PROMPT.index(INVOCATION[0])},
         )
         expected = logits[len(PROMPT) - 1 : -1, :NUM_IDS].log_softmax(-1)
         assert expected.argmax(-1).tolist() == token_ids, case
@@ -113,7 +127,7 @@ def test_every_row_of_a_mixed_batch_is_the_sum_by_peft(server: InProcessServer, 
         if weights:
             assert float((logits[: len(PROMPT)] - plain).abs().max()) > 0.05 * largest, f"{case} does nothing"
         echoed = {each["name"]: each["weight"] for each in (reply.model_extra or {}).get("adapters", [])}
-        assert echoed == (weights if weights != {"sql": 1.0} else {}), case
+        assert echoed == (weights if case["model"] not in ("sql", "act") else {}), case
         assert all(each["version"] == versions[each["name"]] for each in (reply.model_extra or {}).get("adapters", []))
     assert len({tuple(reply.choices[0].model_extra["token_ids"]) for reply in replies}) == len(CASES)
 

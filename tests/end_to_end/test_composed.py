@@ -10,6 +10,7 @@ import openai
 import pytest
 import torch
 from openai import AsyncOpenAI, OpenAI
+from safetensors.torch import load_file, save_file
 
 from server.config import MIB, CacheConfig, EngineConfig, HTTPConfig, LoRALimits, ModelConfig, ServerConfig
 from tests.end_to_end.in_process import InProcessServer, free_port, in_process, save_tiny_model
@@ -28,6 +29,7 @@ TARGETS = {
 }
 RANKS = {"sql": 4, "tone": 8, "json": 2, "more": 3, "act": 4}
 INVOCATION = [260, 9]  # of act: it begins there in the prompt
+OWNERS = ("mine", "yours")  # of the last norm
 NUM_IDS = 401  # that the tokenizer has; the model has more rows
 
 # what a client sends → what it means
@@ -65,6 +67,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         )
         for name, rank in RANKS.items()
     }
+    for name in OWNERS:
+        made[name] = oracle.make_adapter(
+            model, folder / name, seed=len(name), std=0.15, r=2, target_modules=["q_proj"], modules_to_save=["norm"]
+        )
+        file = made[name] / "adapter_model.safetensors"
+        tensors = {key: tensor + ("norm" in key) * 0.25 for key, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
     return {"": model, **made}
 
 
@@ -78,7 +87,7 @@ def server(folders: dict[str, Path]) -> Iterator[InProcessServer]:
         ),
         http=HTTPConfig(port=free_port()),
         served_model_names=(BASE,),
-        lora_modules=tuple((name, folders[name]) for name in RANKS),
+        lora_modules=tuple((name, folders[name]) for name in (*RANKS, *OWNERS)),
     )
     with in_process(config) as running:
         yield running
@@ -151,6 +160,19 @@ def test_more_than_the_device_holds_is_told(server: InProcessServer) -> None:
         with pytest.raises(openai.ConflictError, match="this request names 4 adapters and one step holds 3") as refused:
             sdk.completions.create(model="sql+tone+json+more", prompt=PROMPT, max_tokens=1)
         assert refused.value.code == "adapter_capacity"
+
+
+def test_two_that_replace_one_norm_are_refused(server: InProcessServer, folders: dict[str, Path]) -> None:
+    versions = {name: server.context.adapters.registry.describe(name).ref.version for name in OWNERS}
+    assert versions["mine"] != versions["yours"]
+    with OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as sdk:
+        with pytest.raises(
+            openai.ConflictError, match="'mine' and 'yours' both replace 'model.layers.0.input_layernorm.weight'"
+        ) as refused:
+            sdk.completions.create(model="mine@0.5+yours", prompt=PROMPT, max_tokens=1)
+        assert refused.value.code == "adapter_conflict"
+        for model in ("mine+sql", "yours@0.5", "mine@0.5+yours@0"):
+            sdk.completions.create(model=model, prompt=PROMPT, max_tokens=1)
 
 
 def test_the_oracle_is_pefts_own_where_one_adapter_is_whole(folders: dict[str, Path]) -> None:

@@ -71,15 +71,19 @@ def module_norms(flat: Tensor, groups: Iterable[NormGroup]) -> tuple[dict[str, f
     """Module → ‖ΔW‖_F without forming ΔW: ‖BᵀA‖² = tr((B Bᵀ)(A Aᵀ)) with A [r, in] and B [r, out], two [r, r] products.
     Also the modules whose B may be zero everywhere. A value that is not finite makes its module's norm so, too.
     """
-    norms, idle = dict[str, float](), list[str]()
+    norms, idle, by_rank = dict[str, float](), list[str](), dict[int, list[NormGroup]]()
     for group in groups:
-        gram_a, gram_b = grams(group, flat)  # [n, r, r] each
+        by_rank.setdefault(group.lora_rank, []).append(group)
+    for some in by_rank.values():
+        of_a, of_b = zip(*(grams(group, flat) for group in some), strict=True)
+        gram_a, gram_b = torch.cat(of_a).double(), torch.cat(of_b).double()  # [n, r, r]
         squares = (gram_a * gram_b).sum((1, 2)).clamp_(min=0.0)  # [n]
         finite = gram_a.sum((1, 2)) + gram_b.sum((1, 2))
         sizes = gram_b.diagonal(dim1=1, dim2=2).sum(1)  # ‖B‖²
         found = torch.stack((torch.where(finite.isfinite(), squares.sqrt(), finite), sizes)).tolist()
-        norms.update(zip(group.names, found[0], strict=True))
-        idle += [name for name, size in zip(group.names, found[1], strict=True) if size == 0]
+        names = [name for group in some for name in group.names]
+        norms.update(zip(names, found[0], strict=True))
+        idle += [name for name, size in zip(names, found[1], strict=True) if size == 0]
     return norms, idle
 
 

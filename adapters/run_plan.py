@@ -5,6 +5,7 @@ tensors set aside. Knows nothing of names, formats or configs.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ def run(
     sources = Sources(plan, kept, dtype, weights, max_full_bytes, progress)
     extras, dropped = run_extras(sources, modules)
     norms, idle = module_norms(modules.flat, plan.norm_groups)
-    if not all(norm < float("inf") for norm in norms.values()):  # which NaN is not, either
+    if not all(map(math.isfinite, norms.values())):
         _refuse_nonfinite(plan, files, modules)
     return Ran(AdapterVersion(digest.hexdigest()), modules, extras, norms, tuple(idle), dropped)
 

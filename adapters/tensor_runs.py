@@ -139,7 +139,7 @@ def _copy(source: Tensor, target: Tensor) -> None:
 
 
 class Grams(NamedTuple):
-    """Of one group of modules, float64 [n, r, r]."""
+    """Of one group of modules, float32 [n, r, r]."""
 
     a: Tensor
     b: Tensor
@@ -156,7 +156,7 @@ def grams(group: NormGroup, flat: Tensor) -> Grams:
 def _gram(matrices: Tensor) -> Tensor:
     """[n, r, k] → [n, r, r]."""
     wide = matrices if matrices.dtype == torch.float32 else _float_room(matrices).copy_(matrices)
-    return torch.bmm(wide, wide.transpose(1, 2)).double()
+    return torch.bmm(wide, wide.transpose(1, 2))
 
 
 def _strided(flat: Tensor, begin: int, shape: tuple[int, int, int], stride: int) -> Tensor:

@@ -24,6 +24,9 @@ app.command(
     "server.cli_serve:serve_command", name="serve", help="Serve MODEL and its adapters over HTTP until SIGTERM."
 )
 app.command("server.cli_check:check_command", name="check", help="Say whether the adapter in FOLDER would be served.")
+app.command(
+    "server.cli_convert:convert_command", name="convert", help="Turn an adapter of another kind into a PEFT folder."
+)
 adapters_app = App(name="adapters", help="List, load, move and unload the adapters of a running server.")
 app.command(adapters_app)
 for _name, _function, _help in (

@@ -168,15 +168,16 @@ class BlockManager:
         if index > 0:
             return holding.contents[index - 1]
         if holding.root is None:
-            holding.root = self._cache.root(holding.request.adapters)
+            holding.root = self._cache.root(tuple(use for use in holding.request.adapters if use.active_from == 0))
         return holding.root
 
     def _content(self, holding: _Holding, index: int) -> BlockContent:
         """The content of full block `index`; called in order, so at most one digest is made."""
         if index == len(holding.contents):
-            begin = index * self.block_size
-            token_ids = holding.request.token_ids(begin, begin + self.block_size)
-            holding.contents.append(self._cache.child(self._parent(holding, index), token_ids))
+            begin, end = index * self.block_size, (index + 1) * self.block_size
+            token_ids = holding.request.token_ids(begin, end)
+            beginning = tuple(use for use in holding.request.adapters if max(begin, 1) <= use.active_from < end)
+            holding.contents.append(self._cache.child(self._parent(holding, index), token_ids, beginning))
         return holding.contents[index]
 
     def _take(self) -> int:

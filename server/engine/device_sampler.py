@@ -22,8 +22,11 @@ _WORDS_PER_ROW = 12  # int64 row, top_k, low and high half of the bits; float64 
 
 
 def samples_on_device(request: Request) -> bool:
-    """Whether a token needs the raw logits and the seed alone: no penalties, bias or mask, no logprobs."""
+    """Whether a token needs the raw logits and the seed alone: no penalties, bias or mask, no logprobs, and no
+    vocabulary of its own, whose ids the next step must know on the host."""
     params = request.sampling_params
+    if request.num_token_ids is not None:
+        return False
     return params.logprobs is None and params.prompt_logprobs is None and not changes_logits(request)
 
 

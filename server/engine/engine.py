@@ -116,8 +116,9 @@ class Engine:
         is no token: one such row would fail the whole step it is in."""
         for use in request.adapters:
             self.adapters.model(use.version)  # a version nobody loaded is a fault of ours: fail here, not in a step
-        if not all(0 <= token_id < self.num_token_ids for token_id in request.prompt_token_ids):
-            raise BadRequest(f"the prompt has token ids outside [0, {self.num_token_ids})", param="prompt")
+        num_token_ids = self.sampler.num_token_ids(request)
+        if not all(0 <= token_id < num_token_ids for token_id in request.prompt_token_ids):
+            raise BadRequest(f"the prompt has token ids outside [0, {num_token_ids})", param="prompt")
         self.scheduler.add(request)
 
     def abort(self, request_id: str) -> RequestOutput | None:

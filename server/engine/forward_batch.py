@@ -90,11 +90,38 @@ def build_forward_batch(
             slot_mapping=blocks * block_size + positions % block_size,
             num_decode_rows=sum(not _is_prompt(row) for row in rows),
         ),
-        lora=LoRABatch.build(
-            counts.tolist(), [row_ranges(row.request.adapters) for row in rows], is_prompt=list(map(_is_prompt, rows))
-        ),
+        lora=_lora_batch(rows, row_ranges),
         carried=carried,
     )
+
+
+def _lora_batch(
+    rows: Sequence[ScheduledRow], row_ranges: Callable[[tuple[AdapterUse, ...]], RowRanges]
+) -> LoRABatch | None:
+    """The adapters of each token. A row is cut where one of its adapters begins to act."""
+    counts: list[int] = []
+    ranges: list[RowRanges] = []
+    is_prompt: list[bool] = []
+    for row in rows:
+        for count, uses in _pieces(row):
+            counts.append(count)
+            ranges.append(row_ranges(uses))
+            is_prompt.append(_is_prompt(row))
+    return LoRABatch.build(counts, ranges, is_prompt=is_prompt)
+
+
+def _pieces(row: ScheduledRow) -> list[tuple[int, tuple[AdapterUse, ...]]]:
+    """The row's new tokens as runs, each with the adapters that act on it."""
+    begin = row.request.num_computed_tokens
+    end, uses = begin + row.num_new_tokens, row.request.adapters
+    borders = sorted({use.active_from for use in uses if begin < use.active_from < end})
+    if not borders and all(use.active_from <= begin for use in uses):  # nearly every row
+        return [(row.num_new_tokens, uses)]
+    starts, ends = [begin, *borders], [*borders, end]
+    return [
+        (after - first, tuple(use for use in uses if use.active_from <= first))
+        for first, after in zip(starts, ends, strict=True)
+    ]
 
 
 def _new_token_ids(rows: Sequence[ScheduledRow]) -> IntArray:

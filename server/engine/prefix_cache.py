@@ -1,9 +1,10 @@
 """Which full KV blocks hold which content, so that equal prefixes are computed once. Integers and bytes only.
 
 The content of a block is its own tokens, everything before them, and the adapters (version and weight) they were
-computed with. The digest is only the way to find a candidate: a hit also compares the token ids, the chain of parents
-and the adapters, so that colliding digests cannot serve one prompt the keys and values of another. Knows nothing of
-requests, reference counts or eviction.
+computed with. An adapter that begins to act within a chain belongs to the link where it begins: what stands before is
+what it would be without it, and shared. The digest is only the way to find a candidate: a hit also compares the token
+ids, the chain of parents and the adapters, so that colliding digests cannot serve one prompt the keys and values of
+another. Knows nothing of requests, reference counts or eviction.
 """
 
 from array import array
@@ -23,7 +24,8 @@ def blake2b_256(data: bytes) -> bytes:
 
 @dataclass(slots=True, eq=False)
 class BlockContent:
-    """One link of a chain; the first, with no parent and no tokens, carries the adapters of the whole chain.
+    """One link of a chain. `adapters` are those that act from here on: on the first link, which has no parent and no
+    tokens, those that act from the first token.
 
     `parent` may be exchanged for an equal one (so that comparing chains ends at a shared link); the rest stays.
     """
@@ -32,6 +34,14 @@ class BlockContent:
     parent: "BlockContent | None"
     tokens: bytes = b""  # token ids as int64
     adapters: tuple[AdapterUse, ...] = ()
+
+
+def _packed(adapters: tuple[AdapterUse, ...]) -> bytes:
+    versions = [use.version.encode() for use in adapters]
+    return b"".join(
+        pack("<Qdq", len(version), use.weight, use.active_from) + version
+        for version, use in zip(versions, adapters, strict=True)
+    )
 
 
 def is_same_chain(left: BlockContent | None, right: BlockContent | None) -> bool:
@@ -52,15 +62,15 @@ class PrefixCache:
         self._contents: dict[int, BlockContent] = {}
 
     def root(self, adapters: tuple[AdapterUse, ...]) -> BlockContent:
-        """The start of every chain computed with `adapters`."""
-        versions = [use.version.encode() for use in adapters]
-        parts = [pack("<Qd", len(v), use.weight) + v for v, use in zip(versions, adapters, strict=True)]
-        return BlockContent(self._digest(b"".join(parts)), None, adapters=adapters)
+        """The start of every chain that is computed with `adapters` from its first token."""
+        return BlockContent(self._digest(_packed(adapters)), None, adapters=adapters)
 
-    def child(self, parent: BlockContent, token_ids: Sequence[int]) -> BlockContent:
-        """digest(child) = H(digest(parent) ‖ token ids)."""
+    def child(
+        self, parent: BlockContent, token_ids: Sequence[int], beginning: tuple[AdapterUse, ...] = ()
+    ) -> BlockContent:
+        """digest(child) = H(digest(parent) ‖ token ids ‖ adapters that begin at one of these tokens)."""
         tokens = array("q", token_ids).tobytes()
-        return BlockContent(self._digest(parent.digest + tokens), parent, tokens)
+        return BlockContent(self._digest(parent.digest + tokens + _packed(beginning)), parent, tokens, beginning)
 
     def find(self, content: BlockContent, parent: BlockContent) -> tuple[int, BlockContent] | None:
         """The block that holds exactly `content` after `parent`, with the content object kept for it."""
@@ -68,7 +78,9 @@ class PrefixCache:
         if block is None:
             return None
         found = self._contents[block]
-        if found.tokens != content.tokens or not is_same_chain(found.parent, parent):
+        if found.tokens != content.tokens or found.adapters != content.adapters:
+            return None
+        if not is_same_chain(found.parent, parent):
             return None
         found.parent = parent
         return block, found

@@ -19,8 +19,7 @@ class PromptLogprobs:
         """Keep what this step tells of prompts; the ids of requests whose logits are not finite."""
         broken = []
         for rows in batch.prompt_logprobs:
-            num_top = rows.request.sampling_params.prompt_logprobs or 0
-            found = self._sampler.prompt_logprobs(logits[rows.begin : rows.end], rows.next_token_ids, num_top)
+            found = self._sampler.prompt_logprobs(logits[rows.begin : rows.end], rows.next_token_ids, rows.request)
             # The first token has no logprob: nothing precedes it.
             self._by_request.setdefault(rows.request.request_id, [None]).extend(found)
             if any(math.isnan(each.logprob) for each in found):

@@ -90,6 +90,7 @@ class Request:
     sampling_params: SamplingParams
     stop_ids: frozenset[int] = frozenset()  # eos ids (unless ignore_eos) and stop_token_ids
     adapters: tuple[AdapterUse, ...] = ()  # () = base
+    num_token_ids: int | None = None  # ids [0, num_token_ids) may be sent and sampled; None = as many as the engine's
     arrival_time: float = 0.0  # seconds, time.monotonic
 
     status: RequestStatus = RequestStatus.WAITING

@@ -38,7 +38,8 @@ class _Way(Enum):
 
 class Sampler:
     """`vocab_size` is the width of the logits; ids from `allowed_size` on are padding of the embedding and are never
-    chosen, nor do they count in any probability. `forget` a request when it ends.
+    chosen, nor do they count in any probability. A request may have a vocabulary of another size: its row is then all
+    that its `num_token_ids` say, in whatever company. `forget` a request when it ends.
     """
 
     def __init__(self, vocab_size: int, *, allowed_size: int | None = None) -> None:
@@ -49,12 +50,28 @@ class Sampler:
         """Drop what is kept for a request between steps; unknown ids are fine."""
         self._processors.forget(request_id)
 
+    def num_token_ids(self, request: Request) -> int:
+        """Ids [0, so many) are tokens of the request."""
+        return self.allowed_size if request.num_token_ids is None else request.num_token_ids
+
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[SampledToken | None]:
-        """One token for each row of logits [n, vocab_size]; requests[i] is row i's.
+        """One token for each row of logits [n, at least the vocabulary of each]; requests[i] is row i's.
 
         None for a row from which nothing can be chosen (its largest logit is NaN or infinite); the others stand.
         """
-        logits = logits[:, : self.allowed_size]
+        sizes = [self.num_token_ids(request) for request in requests]
+        if len(set(sizes)) <= 1:
+            return self._sample(logits[:, : max(sizes, default=0)], requests)
+        sampled: list[SampledToken | None] = [None] * len(requests)
+        for size in sorted(set(sizes)):
+            rows = [i for i, each in enumerate(sizes) if each == size]
+            tokens = self._sample(_select(logits, rows)[:, :size], [requests[i] for i in rows])
+            for i, token in zip(rows, tokens, strict=True):
+                sampled[i] = token
+        return sampled
+
+    def _sample(self, logits: Tensor, requests: Sequence[Request]) -> list[SampledToken | None]:
+        """As `sample`, for requests with one vocabulary. logits [n, num_token_ids]."""
         token_ids: list[int | None] = [None] * len(requests)
         others = [i for i, request in enumerate(requests) if not _is_plain(request)]
         if len(others) < len(requests):
@@ -70,19 +87,20 @@ class Sampler:
             for i, token_id in enumerate(token_ids)
         ]
 
-    def prompt_logprobs(self, logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
-        """For logits [n, vocab_size] at n prompt positions, the logprobs of the tokens that really came next."""
-        return token_logprobs(logits[:, : self.allowed_size], token_ids, [num_top] * len(token_ids))
+    def prompt_logprobs(self, logits: Tensor, token_ids: Sequence[int], request: Request) -> list[TokenLogprob]:
+        """For logits [n, vocab_size] at n positions of a prompt, the logprobs of the tokens that really came next."""
+        num_top = request.sampling_params.prompt_logprobs or 0
+        return token_logprobs(logits[:, : self.num_token_ids(request)], token_ids, [num_top] * len(token_ids))
 
     def _choose(self, logits: Tensor, requests: Sequence[Request]) -> list[int | None]:
-        """Token ids for float32 logits [n, allowed_size], which are this call's to change."""
+        """Token ids for float32 logits [n, num_token_ids], which are this call's to change."""
         self._processors.apply(logits, requests)
         peak = logits.amax(-1)
         token_ids: list[int | None] = [None] * len(requests)
         groups: dict[_Way, list[int]] = {way: [] for way in _Way}
         for i, is_finite in enumerate(torch.isfinite(peak).tolist()):
             if is_finite:
-                groups[_way_of(requests[i].sampling_params, self.allowed_size)].append(i)
+                groups[_way_of(requests[i].sampling_params, logits.shape[1])].append(i)
         for way, rows in groups.items():
             if rows:
                 chosen = self._choose_by(way, _select(logits, rows), _select(peak, rows), [requests[i] for i in rows])
@@ -90,12 +108,12 @@ class Sampler:
         return token_ids
 
     def _choose_by(self, way: _Way, logits: Tensor, peak: Tensor, requests: Sequence[Request]) -> Sequence[int | None]:
-        """One id for each row of logits [n, allowed_size], whose maxima are peak [n]."""
+        """One id for each row of logits [n, num_token_ids], whose maxima are peak [n]."""
         if way is _Way.LARGEST:
             return _argmax(logits)
         params = [request.sampling_params for request in requests]
         bits = random_bits([p.seed for p in params], [len(r.output_token_ids) for r in requests])
-        filters = self._filters(params, logits.device)
+        filters = _filters(params, logits.shape[1], logits.device)
         is_filtered = way is _Way.DRAW_FILTERED
         tokens = (
             draw_filtered(logits, peak, filters, bits) if is_filtered else draw(logits, peak, filters.temperature, bits)
@@ -103,14 +121,14 @@ class Sampler:
         ids: list[int] = tokens.tolist()
         return ids
 
-    def _filters(self, params: Sequence[SamplingParams], device: torch.device) -> Filters:
-        top_k = [min(p.top_k or self.allowed_size, self.allowed_size) for p in params]
-        return Filters(
-            temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
-            top_k=torch.tensor(top_k, device=device),
-            top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
-            min_p=torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
-        )
+
+def _filters(params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> Filters:
+    return Filters(
+        temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
+        top_k=torch.tensor([min(p.top_k or vocab_size, vocab_size) for p in params], device=device),
+        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
+        min_p=torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
+    )
 
 
 def _is_plain(request: Request) -> bool:

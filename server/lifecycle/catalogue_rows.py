@@ -75,5 +75,12 @@ class VersionReader:
 
 
 def _report_of(values: Mapping[str, Any]) -> LoadReport:
-    lists = {name: tuple(values[name]) for name in ("features", "warnings", "stored_dtypes")}
-    return LoadReport(**{**values, **lists})
+    """A field that an earlier server did not write has its default; one that a later server wrote is left out."""
+    known = {field.name for field in fields(LoadReport)}
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in known:
+            found[name] = tuple(value) if isinstance(value, list) else value
+    if "gain_ranges" in found:
+        found["gain_ranges"] = {kind: tuple(ends) for kind, ends in found["gain_ranges"].items()}
+    return LoadReport(**found)

@@ -32,8 +32,10 @@ class DrainRule:
         if first is None or not self.is_due(first, now):
             self._held_back.clear()
             return False
-        due = (arrival for arrival in islice(self._queue, _MAX_SERVED) if self.is_due(arrival, now))
+        due = [arrival for arrival in islice(self._queue, _MAX_SERVED) if self.is_due(arrival, now)]
+        # What is needed beside one of them makes no room for it by leaving.
+        beside = frozenset().union(*(arrival.beside for arrival in due))
         absent = [arrival for arrival in due if arrival.version not in self._room]
         # Those chosen once stay so while somebody waits who is due, or the wait would have no bound.
-        self._room.cover(self._held_back, sum(arrival.num_bytes for arrival in absent), len(absent))
+        self._room.cover(self._held_back, sum(arrival.num_bytes for arrival in absent), len(absent), beside)
         return version in self._held_back

@@ -6,7 +6,7 @@ the one worth least (`lfu_with_ageing`). Knows no event loop, no engine and no f
 somebody else sees to it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from adapters.adapter_ref import AdapterVersion
 from adapters.errors import AdapterCapacity
@@ -22,8 +22,11 @@ class Spare:
         self._found: list[AdapterVersion] | None = None
         self._num_bytes = 0
 
-    def enough_for(self, num_bytes: int, num_adapters: int) -> list[AdapterVersion] | None:
-        """Take those who together free so much from the list; None, taking none, when all of them would not do."""
+    def enough_for(
+        self, num_bytes: int, num_adapters: int, but: Collection[AdapterVersion] = ()
+    ) -> list[AdapterVersion] | None:
+        """Take those who together free so much from the list, and none of `but`; None, taking none, when all of them
+        would not do."""
         if num_bytes <= 0 and num_adapters <= 0:
             return []
         if self._found is None:
@@ -31,7 +34,10 @@ class Spare:
             self._num_bytes = sum(map(self._size_of, self._found))
         if num_bytes > self._num_bytes or num_adapters > len(self._found):
             return None
-        taken = self._needed(self._found, num_bytes, num_adapters)
+        found = [version for version in self._found if version not in but] if but else self._found
+        if but and (num_bytes > sum(map(self._size_of, found)) or num_adapters > len(found)):
+            return None
+        taken = self._needed(found, num_bytes, num_adapters)
         leaving = set(taken)
         self._found = [version for version in self._found if version not in leaving]
         self._num_bytes -= sum(map(self._size_of, taken))
@@ -105,10 +111,13 @@ class HostRoom:
             lambda: self._in_order(v for v in self._residents if self._may_leave(v)), self._residents.__getitem__
         )
 
-    def reserve(self, version: AdapterVersion, num_bytes: int, spare: Spare) -> list[AdapterVersion] | None:
-        """Take room for a version, and say who had to leave for it; None, changing nothing, when too few may leave."""
+    def reserve(
+        self, version: AdapterVersion, num_bytes: int, spare: Spare, beside: Collection[AdapterVersion] = ()
+    ) -> list[AdapterVersion] | None:
+        """Take room for a version, and say who had to leave for it; None, changing nothing, when too few may leave, of
+        those that are not to be `beside` it."""
         assert version not in self._residents and version not in self._reserved
-        victims = spare.enough_for(*self._lacking(num_bytes))
+        victims = spare.enough_for(*self._lacking(num_bytes), beside)
         if victims is None:
             return None
         self._reserved[version] = num_bytes
@@ -129,9 +138,9 @@ class HostRoom:
             self._num_bytes += before
         return victims
 
-    def fits(self, num_bytes: int) -> bool:
+    def fits(self, num_bytes: int, beside: Collection[AdapterVersion] = ()) -> bool:
         """`reserve` would find room now."""
-        return self.spare().enough_for(*self._lacking(num_bytes)) is not None
+        return self.spare().enough_for(*self._lacking(num_bytes), beside) is not None
 
     def arrive(self, version: AdapterVersion) -> None:
         """What room was reserved for is in memory."""
@@ -149,17 +158,21 @@ class HostRoom:
         self._worths.forget(version)
         return num_bytes
 
-    def cover(self, chosen: set[AdapterVersion], num_bytes: int, num_adapters: int) -> None:
+    def cover(
+        self, chosen: set[AdapterVersion], num_bytes: int, num_adapters: int, but: Collection[AdapterVersion] = ()
+    ) -> None:
         """Keep in `chosen` the residents whose leaving makes so much room in all: those chosen before, then whoever
-        is free to leave, then the least valuable of those in use. Pinned ones are never chosen.
+        is free to leave, then the least valuable of those in use. Pinned ones and `but` are never chosen.
         """
-        chosen.intersection_update(v for v in tuple(chosen) if v in self._residents and v not in self._pins)
+        chosen.intersection_update(
+            v for v in tuple(chosen) if v in self._residents and v not in self._pins and v not in but
+        )
         lacking_bytes, lacking_adapters = self._lacking(num_bytes, num_adapters)
         lacking_bytes -= sum(map(self._residents.__getitem__, chosen))
         lacking_adapters -= len(chosen)
         if lacking_bytes <= 0 and lacking_adapters <= 0:
             return
-        others = self._in_order(v for v in self._residents if v not in self._pins and v not in chosen)
+        others = self._in_order(v for v in self._residents if v not in self._pins and v not in chosen and v not in but)
         for version in sorted(others, key=self._is_held):
             if lacking_bytes <= 0 and lacking_adapters <= 0:
                 return

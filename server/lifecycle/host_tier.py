@@ -5,13 +5,11 @@ Owned by the event loop: no locks. The weights stay in the engine; this module s
 (`arrivals`); how long is bounded by `drain_rule`. Knows nothing of names, files, HTTP or devices.
 
 Whoever calls `ensure` holds one lease on the version for the call; a version somebody holds a lease on is never evicted
-or dropped. Leases of callers still queued, and those set aside by who waits for another (ensure_all), do not count."""
+or dropped. Callers still queued hold leases too, and do not use the version yet: they count for nothing.
+"""
 
 import asyncio
-import logging
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 
 from adapters.adapter_ref import AdapterVersion
 from adapters.lora_model import LoRAModel
@@ -22,8 +20,7 @@ from server.lifecycle.errors import AdapterNotReady, HostTierFull
 from server.lifecycle.host_room import HostRoom
 from server.lifecycle.host_tier_counters import HostTierCounters
 from server.lifecycle.host_traffic import HostEngine, HostTraffic, ReadVersion
-
-logger = logging.getLogger(__name__)
+from server.lifecycle.pin_tasks import PinTasks
 
 
 class HostTier:
@@ -50,23 +47,31 @@ class HostTier:
         self._queue = ArrivalQueue()
         self._drain = DrainRule(self._room, self._queue, after=drain_after)
         self._traffic = HostTraffic(engine, read, self._room, self.counters, on_change=on_change, on_end=self._pump)
-        self._pin_tasks: dict[AdapterVersion, asyncio.Task[None]] = {}
-        self._aside: Counter[AdapterVersion] = Counter()
+        self._pin_tasks = PinTasks(self._load_pinned)
         self._num_waiting = 0
         self._is_closed = False
 
     # What requests call.
 
-    async def ensure(self, version: AdapterVersion, num_bytes: int, *, timeout: float) -> None:
+    async def ensure(
+        self,
+        version: AdapterVersion,
+        num_bytes: int,
+        *,
+        timeout: float,
+        beside: frozenset[AdapterVersion] = frozenset(),
+        since: float | None = None,
+    ) -> None:
         """The version is in host memory when this returns, at once when it is there, and stays while the caller's
-        lease is open. Raises AdapterCapacity when it never fits, QueueFull when too many wait, HostTierFull or
-        AdapterNotReady after `timeout` seconds, and whatever reading it raised.
+        lease is open. `beside` are others that the caller needs, and has a lease on each: while it is queued they hold
+        nothing. `since` is when its wait began, if not now. Raises AdapterCapacity when it never fits, QueueFull when
+        too many wait, HostTierFull or AdapterNotReady after `timeout` seconds, and whatever reading it raised.
         """
         if self.is_at_hand(version):
             self.hit(version)
         else:
             self.counters.misses += 1
-            await self._wait(version, num_bytes, timeout)
+            await self._wait(version, num_bytes, timeout, beside, _now() if since is None else since)
             self._room.use(version)
 
     def is_at_hand(self, version: AdapterVersion) -> bool:
@@ -81,16 +86,6 @@ class HostTier:
         """Raises AdapterCapacity when these would not fit at one moment even if everybody left who ever may."""
         self._room.check_together(sizes)
 
-    @contextmanager
-    def setting_aside(self, versions: Collection[AdapterVersion]) -> Iterator[None]:
-        """One lease of the caller's on each of these counts for nothing for a while."""
-        self._aside.update(versions)
-        self._pump()
-        try:
-            yield
-        finally:
-            self._aside -= Counter(versions)
-
     def released(self, version: AdapterVersion) -> None:
         """A lease on the version was given back, the last or not: somebody queued may hold another."""
         if self._queue and version in self._room and not self._is_held(version):
@@ -100,30 +95,37 @@ class HostTier:
         """A use that `ensure` was not asked for."""
         self._room.use(version)
 
-    async def _wait(self, version: AdapterVersion, num_bytes: int, timeout: float) -> None:
+    async def _wait(
+        self, version: AdapterVersion, num_bytes: int, timeout: float, beside: frozenset[AdapterVersion], since: float
+    ) -> None:
         if self._is_closed:
             raise Unavailable("the server is shutting down")
         if self._num_waiting >= self._max_waiting:
             raise QueueFull(f"{self._num_waiting} requests wait for adapters that are not in memory; retry later")
-        arrival = self._arrival(version, num_bytes)
+        arrival = self._arrival(version, num_bytes, since)
         self._num_waiting += 1
         try:
-            await self._end_of(arrival, timeout)
+            await self._end_of(arrival, timeout, beside)
         finally:
             self._num_waiting -= 1
         assert version in self._room, "a version left that somebody holds a lease on"
 
-    def _arrival(self, version: AdapterVersion, num_bytes: int) -> Arrival:
+    def _arrival(self, version: AdapterVersion, num_bytes: int, since: float) -> Arrival:
         """The one arrival of a version that is to come; whoever gets a new one waits for its end at once."""
         arrival = self._traffic.loading(version) or self._queue.get(version)
         if arrival is None:
             self._room.check(version, num_bytes)
-            arrival = Arrival(version, num_bytes, since=_now())
-            self._queue.append(arrival)
+            arrival = Arrival(version, num_bytes, since=since)
+            self._queue.add(arrival)
+        elif arrival in self._queue:
+            self._queue.move_up(arrival, since)
         return arrival
 
-    async def _end_of(self, arrival: Arrival, timeout: float | None) -> None:
-        began, waiter = _now(), arrival.join()
+    async def _end_of(
+        self, arrival: Arrival, timeout: float | None, beside: frozenset[AdapterVersion] = frozenset()
+    ) -> None:
+        began, waiter = _now(), arrival.join(beside)
+        self._queue.changed()
         self._pump()  # joining may have made room too: who is queued uses nothing
         has_queued = arrival in self._queue
         try:
@@ -135,6 +137,7 @@ class HostTier:
             raise self._too_late(arrival, timeout) from None
         finally:
             arrival.leave(waiter)
+            self._queue.changed()
             self.counters.waits += has_queued
             self.counters.wait_seconds += has_queued * (_now() - began)
             if arrival in self._queue and not arrival.num_waiting:
@@ -185,7 +188,7 @@ class HostTier:
             self._unpin(version)
         self._room.set_priority(version, priority)
         if pin and version not in self._room and version not in self._pin_tasks and not self._is_closed:
-            self._start_pinned(version, num_bytes)
+            self._pin_tasks.start(version, num_bytes)
         self._pump()
 
     async def drop(self, version: AdapterVersion) -> int:
@@ -194,8 +197,7 @@ class HostTier:
         """
         if self._num_leases(version) > 0:
             return 0
-        task = self._pin_tasks.get(version)
-        self._unpin(version)
+        task = self._unpin(version)
         self._room.set_priority(version, 0)
         if task is not None:
             await asyncio.wait({task})
@@ -211,39 +213,25 @@ class HostTier:
     async def close(self) -> None:
         """End all who wait with Unavailable, and stop what is under way. What is in memory stays with the engine."""
         self._is_closed = True
-        pin_tasks = tuple(self._pin_tasks.values())
-        for task in pin_tasks:
-            task.cancel()
+        pin_tasks = self._pin_tasks.cancel_all()
         for arrival in tuple(self._queue):
             self._queue.remove(arrival)
             arrival.fail(Unavailable("the server is shutting down"))
         await self._traffic.stop()
         await asyncio.gather(*pin_tasks, return_exceptions=True)
 
-    def _unpin(self, version: AdapterVersion) -> None:
+    def _unpin(self, version: AdapterVersion) -> "asyncio.Task[None] | None":
         self._room.unpin(version)
-        if task := self._pin_tasks.pop(version, None):
-            task.cancel()
-
-    def _start_pinned(self, version: AdapterVersion, num_bytes: int) -> None:
-        task = self._pin_tasks[version] = asyncio.get_running_loop().create_task(self._load_pinned(version, num_bytes))
-        task.add_done_callback(lambda done: self._forget_pin_task(version, done))
-
-    def _forget_pin_task(self, version: AdapterVersion, done: "asyncio.Task[None]") -> None:
-        if self._pin_tasks.get(version) is done:
-            del self._pin_tasks[version]
+        return self._pin_tasks.cancel(version)
 
     async def _load_pinned(self, version: AdapterVersion, num_bytes: int) -> None:
-        try:
-            if version not in self._room:
-                await self._end_of(self._arrival(version, num_bytes), None)
-        except Exception as error:
-            logger.warning("pinned version %s is not in memory, and read when asked for: %s", version[:12], error)
+        if version not in self._room:
+            await self._end_of(self._arrival(version, num_bytes, _now()), None)
 
     # Who comes and who leaves.
 
     def _is_held(self, version: AdapterVersion) -> bool:
-        return self._num_leases(version) > self._queue.num_waiting_for(version) + self._aside[version]
+        return self._num_leases(version) > self._queue.num_waiting_for(version) + self._queue.num_beside(version)
 
     def _pump(self) -> None:
         """Start what has room, in order. One that has none is overtaken until it is due."""
@@ -255,10 +243,12 @@ class HostTier:
                 self._queue.remove(arrival)
                 arrival.succeed()
                 spare = self._room.spare()
-            elif (victims := self._room.reserve(arrival.version, arrival.num_bytes, spare)) is not None:
+            elif (victims := self._room.reserve(arrival.version, arrival.num_bytes, spare, arrival.beside)) is not None:
                 self._queue.remove(arrival)
                 self._traffic.evict(victims)
                 self._traffic.start(arrival)
+                if any(arrival.needs):  # from now on it holds what it needs
+                    spare = self._room.spare()
             elif self._drain.is_due(arrival, now):
                 return
 
@@ -291,7 +281,9 @@ class HostTier:
         assert self._num_waiting <= self._max_waiting
         first = next(iter(self._queue), None)
         if first is not None:
-            assert first.version not in self._room and not self._room.fits(first.num_bytes), "nobody woke the first"
+            assert first.version not in self._room and not self._room.fits(first.num_bytes, first.beside), (
+                "nobody woke the first"
+            )
 
 
 def _now() -> float:

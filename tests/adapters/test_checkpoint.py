@@ -1,5 +1,6 @@
 """The loader against PEFT as the oracle, and against every hostile folder of the table."""
 
+import hashlib
 import json
 import os
 import time
@@ -17,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from adapters.adapter_folder import AdapterFolder
 from adapters.checkpoint import CheckpointLimits, LoadedAdapter, load_lora_model
 from adapters.errors import AdapterNotFound, AdapterRefused, RefusalCode
-from adapters.lora_config import CONFIG_NAME
+from adapters.lora_config import CONFIG_NAME, LoRAConfig
 from adapters.module_names import BaseModules, linears_of
 from adapters.name_patterns import NamePattern
 from tests.adapters.hostile import HOSTILE, WEIGHTS, HostileCase, draft, healthy, write_safetensors
@@ -153,6 +154,20 @@ def test_the_scale_is_folded_in_float32_before_the_cast(
         b = tensors[f"base_model.model.{name}.lora_B.weight"]
         assert torch.equal(weights.lora_b, (b.float() * (10.3 / 4)).to(dtype).T)
         assert torch.equal(weights.lora_a, tensors[f"base_model.model.{name}.lora_A.weight"].to(dtype))
+
+
+def test_the_version_is_config_then_declarations_then_data_in_the_order_of_names(
+    tmp_path: Path, base: BaseModules
+) -> None:
+    d = draft(tmp_path, base)
+    d.write()
+    config = b'{"alpha_pattern":{},"lora_alpha":8.0,"r":4,"rank_pattern":{},"use_rslora":false}'
+    config = config.replace(b"{}", json.dumps(LoRAConfig(r=4, lora_alpha=8).alpha_pattern.to_json(float)).encode())
+    arrays = sorted(d.tensors.items())
+    declared = json.dumps([[name, "F32", list(array.shape)] for name, array in arrays], separators=(",", ":")).encode()
+    data = b"".join(array.tobytes() for _, array in arrays)
+    parts = (len(config).to_bytes(8, "little"), config, len(declared).to_bytes(8, "little"), declared, data)
+    assert load(tmp_path, base).model.version == hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def test_the_version_is_of_the_mathematics(tmp_path: Path, base: BaseModules) -> None:

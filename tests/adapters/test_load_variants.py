@@ -1,6 +1,7 @@
 """Every variant that PEFT writes, loaded whole and applied the plain way, against PEFT's own logits."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters.base_walk import modules_of
 from adapters.checkpoint import CheckpointLimits, LoadedAdapter, load_lora_model
+from adapters.errors import AdapterRefused, RefusalCode
+from adapters.version_store import VersionStore, base_key
 from server.engine.live_weights import LiveWeights
+from server.lifecycle.catalogue_records import VersionRecord
+from server.lifecycle.catalogue_rows import VersionReader, version_values
 from tests.adapters.dense import applied
 
 LIMITS = CheckpointLimits(max_lora_rank=64, max_adapter_bytes=1 << 28)
@@ -91,3 +96,51 @@ def test_logits_are_pefts(name: str, tied: bool, tmp_path: Path) -> None:
     has_copy = name.startswith(("embedding", "head"))  # PEFT saves the base's own beside the pair
     assert [key.endswith("base_layer.weight") for key in loaded.report.dropped] == [True] * has_copy
     assert bool(loaded.model.extras) == (name not in ("plain", "head", "adalora", "vera", "bdlora"))
+
+
+@pytest.mark.parametrize("name", ["dora_and_bias", "embedding_dora", "saved_head", "tokens", "ia3", "ln_tuning"])
+def test_what_is_stored_and_listed_is_what_was_loaded(name: str, tmp_path: Path) -> None:
+    model = tiny(tied=False)
+    trained(model, VARIANTS[name], tmp_path / "adapter")
+    loaded = load(tmp_path / "adapter", model)
+    base = modules_of(model)
+    store = VersionStore(tmp_path / "store", base_key=base_key(base, torch.float32), fingerprint="the base's print")
+    store.put(loaded.model)
+    found = store.read(loaded.model.version)
+    with torch.no_grad():
+        assert torch.equal(applied(model, found)(TOKENS).logits, applied(model, loaded.model)(TOKENS).logits)
+    assert found.num_bytes == loaded.model.num_bytes
+    report = loaded.report
+    record = VersionRecord(
+        version=found.version, lora_rank=report.lora_rank, num_bytes=report.num_bytes, modules=(), report=report
+    )
+    values = version_values(record)
+    row = tuple(values[key] for key in ("version", "lora_rank", "num_bytes", "modules", "report", "source"))
+    assert VersionReader()(row).report == report  # type: ignore[arg-type]
+
+
+def test_the_report_names_parts_bytes_gains_and_norms(tmp_path: Path) -> None:
+    model = tiny(tied=False)
+    config = lora(target_modules=[*QV, "embed_tokens"], use_dora=True, modules_to_save=["norm"])  # how all five end
+    trained(model, config, tmp_path)
+    loaded = load(tmp_path, model)
+    report, extras = loaded.report, loaded.model.extras
+    assert report.parts == {"gains": 5, "norms": 5, "embedding_lora": 1}
+    assert sum(report.part_bytes.values()) == extras.num_bytes
+    pairs = sum(weights.num_bytes for weights in loaded.model.modules.values())
+    assert report.num_bytes == extras.num_bytes + pairs
+    assert extras.embedding is not None
+    assert extras.embedding.lora_a is not None and extras.embedding.lora_b is not None
+    delta = extras.embedding.lora_a @ extras.embedding.lora_b
+    assert report.delta_norms["embed_tokens"] == pytest.approx(float(delta.norm()), rel=1e-4)
+    gains = [extras.gains[f"model.layers.{i}.self_attn.q_proj"] for i in range(2)]
+    assert report.gain_ranges["q_proj"] == (float(torch.cat(gains).min()), float(torch.cat(gains).max()))
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False)) == report.to_dict()
+
+
+def test_dora_without_the_base_s_weights_is_refused(tmp_path: Path) -> None:
+    model = tiny(tied=False)
+    trained(model, VARIANTS["dora"], tmp_path)
+    with pytest.raises(AdapterRefused) as caught:
+        load(tmp_path, model, has_weights=False)
+    assert caught.value.reason is RefusalCode.WRONG_BASE and caught.value.feature == "base_weights"

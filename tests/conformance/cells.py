@@ -17,7 +17,7 @@ NOT_YET: dict[str, Code] = dict.fromkeys(
     tokens tokens_head vocab_grown vocab_shrunk vocab_grown_tokens
     alora_never alora_once alora_twice
     old_bias_keys mlx velora
-    experts experts_rslora experts_grouped experts_down
+    experts experts_rslora experts_grouped experts_down router
     adalora vera loha delora miss ia3 ln_tuning
     """.split(),
     Code.UNSUPPORTED,
@@ -30,6 +30,12 @@ REFUSED: dict[str, tuple[Code, str]] = {
     "kasa": (Code.UNSUPPORTED, "the base was replaced by what the decomposition leaves: `loramux convert`"),
 }
 """Variant → code and reason, for good."""
+
+ALSO_NEEDS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("qwen3_moe", "all_linear"): ("experts", "router"),  # PEFT takes in the fused experts, and what routes to them
+    ("mixtral", "all_linear"): ("experts", "router"),
+}
+"""(architecture, variant) → other variants that it comes down to there."""
 
 ALL_LINEAR_OF_WRAPPED = "PEFT takes in the vision tower, which is not run for text"
 
@@ -62,9 +68,8 @@ def _refusal(own: Traits, variant: str) -> tuple[Code | None, str]:
         return REFUSED[variant]
     if variant == "all_linear" and own.is_wrapped:
         return Code.UNSUPPORTED, ALL_LINEAR_OF_WRAPPED
-    if variant in NOT_YET:
-        return NOT_YET[variant], "not served yet"
-    return None, ""
+    missing = [each for each in (variant, *ALSO_NEEDS.get((own.architecture, variant), ())) if each in NOT_YET]
+    return (NOT_YET[missing[0]], "not served yet") if missing else (None, "")
 
 
 def exists(architecture: str) -> list[str]:
@@ -73,12 +78,12 @@ def exists(architecture: str) -> list[str]:
 
 
 FULL = ("llama", "qwen2", "gemma2")
-NUM_EACH, NUM_ARCHITECTURES = 4, 3
+NUM_EACH, NUM_ARCHITECTURES = 6, 3
 
 
 def selection() -> dict[str, list[str]]:
     """Cells of an ordinary test run: all of three architectures; every variant on three where that many have it, and
-    at least four variants on each of the others, spread so that none has many.
+    at least six on each of the others, spread so that none has many.
     """
     chosen = {architecture: exists(architecture) if architecture in FULL else [] for architecture in CONFIGS}
     for name in (*VARIANTS, *SUMS):

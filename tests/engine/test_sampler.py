@@ -265,9 +265,9 @@ def test_padding_of_the_vocabulary_is_never_chosen_nor_counted() -> None:
     assert sampled == Sampler(1000).sample(logits[:, :1000], requests)
     assert all(token is not None and token.token_id < 1000 for token in sampled)
     expected = logits[:, :1000].log_softmax(-1)[torch.arange(3), torch.tensor([1, 2, 3])].tolist()
-    assert [entry.logprob for entry in narrow.prompt_logprobs(logits, [1, 2, 3], 0)] == pytest.approx(
-        expected, abs=1e-5
-    )
+    assert [
+        entry.logprob for entry in narrow.prompt_logprobs(logits, [1, 2, 3], make_request(prompt_logprobs=0))
+    ] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
@@ -431,7 +431,7 @@ def test_prompt_logprobs_of_many_positions() -> None:
     logits = random_logits(37, seed=10, dtype=torch.bfloat16)
     token_ids = [(i * 37) % VOCAB for i in range(37)]
     expected = logits.float().log_softmax(-1)
-    found = Sampler(VOCAB).prompt_logprobs(logits, token_ids, 4)
+    found = Sampler(VOCAB).prompt_logprobs(logits, token_ids, make_request(prompt_logprobs=4))
     assert [entry.token_id for entry in found] == token_ids
     assert [entry.logprob for entry in found] == pytest.approx(
         [float(expected[i, t]) for i, t in enumerate(token_ids)], abs=1e-5
@@ -439,7 +439,7 @@ def test_prompt_logprobs_of_many_positions() -> None:
     best = expected.topk(4).values
     for i, entry in enumerate(found):
         assert [value for _, value in entry.top] == pytest.approx(best[i].tolist(), abs=1e-5)
-    assert Sampler(VOCAB).prompt_logprobs(logits[:0], [], 4) == []
+    assert Sampler(VOCAB).prompt_logprobs(logits[:0], [], make_request(prompt_logprobs=4)) == []
 
 
 def candidate_shapes() -> Iterator[tuple[int, int]]:

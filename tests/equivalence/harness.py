@@ -117,7 +117,7 @@ class EngineHarness:
 
     def load(self, folder: Path) -> AdapterVersion:
         base = self.engine.base
-        model = load_lora_model(folder, base.modules, limits=LIMITS, dtype=base.dtype).model
+        model = load_lora_model(folder, base.modules, limits=LIMITS, dtype=base.dtype, weights=base.weights).model
         self.engine.load_adapter(model)
         return model.version
 
@@ -131,6 +131,7 @@ class EngineHarness:
         prompt: Sequence[int],
         *uses: AdapterUse | AdapterVersion,
         stop_ids: frozenset[int] = frozenset(),
+        num_token_ids: int | None = None,
         **sampling: object,
     ) -> Request:
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": 64, "ignore_eos": True, **sampling})  # type: ignore[arg-type]
@@ -140,6 +141,7 @@ class EngineHarness:
             sampling_params=params,
             stop_ids=stop_ids,
             adapters=tuple(use if isinstance(use, AdapterUse) else AdapterUse(use) for use in uses),
+            num_token_ids=num_token_ids,
         )
         self.requests[request_id] = request
         self.engine.add_request(request)

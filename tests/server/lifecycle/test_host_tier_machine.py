@@ -33,7 +33,7 @@ DISK_FULL = OSError("input/output error")
 class Request:
     """`num_ends` counts how often it was answered, let in or not."""
 
-    name: str
+    names: str  # of one letter each: what it needs at one moment
     deadline: float
     num_ends: int = 0
     is_let_in: bool = False
@@ -55,9 +55,9 @@ class HostTierMachine(RuleBasedStateMachine):
 
     # Clients.
 
-    @rule(name=names, timeout=timeouts)
-    def ask(self, name: str, timeout: float) -> None:
-        request = Request(name, self.loop.time() + timeout)
+    @rule(names=st.sets(names, min_size=1, max_size=3), timeout=timeouts)
+    def ask(self, names: set[str], timeout: float) -> None:
+        request = Request("".join(sorted(names)), self.loop.time() + timeout)
         request.task = self.loop.create_task(self._request(request, timeout))
         self.tasks.append(request.task)
         self.waiting.append(request)
@@ -66,13 +66,14 @@ class HostTierMachine(RuleBasedStateMachine):
     async def _request(self, request: Request, timeout: float) -> None:
         was_full = self.world.tier.num_waiting >= MAX_WAITING
         try:
-            await self.world.ask(request.name, timeout=timeout)
+            await self.world.ask_all(request.names, timeout=timeout)
         except AdapterNotReady:
             assert self.loop.time() >= request.deadline - LATE
         except QueueFull:
-            assert was_full
+            assert was_full or len(request.names) > 1  # it asks again for each
         except AdapterCapacity:
-            assert self.pins, "everything fits when nothing is pinned"
+            together = sum(SIZES[name] for name in request.names)
+            assert self.pins or together > MAX_BYTES, "everything fits when nothing is pinned"
         except OSError as error:
             assert error is DISK_FULL
         else:
@@ -87,7 +88,7 @@ class HostTierMachine(RuleBasedStateMachine):
     def give_back(self, data: st.DataObject) -> None:
         request = data.draw(st.sampled_from(self.let_in))
         self.let_in.remove(request)
-        self.loop.call_soon(partial(self.world.done, request.name))
+        self.loop.call_soon(partial(self.world.done_all, request.names))
         self.sleep(0)
 
     @precondition(lambda self: self.waiting)
@@ -161,7 +162,7 @@ class HostTierMachine(RuleBasedStateMachine):
     def nobody_waits_beyond_the_deadline(self) -> None:
         assert all(self.loop.time() <= request.deadline + LATE for request in self.waiting)
         assert all(request.num_ends == 1 for request in self.let_in)
-        assert all(version_of(request.name) in self.world.tier for request in self.let_in)
+        assert all(version_of(name) in self.world.tier for request in self.let_in for name in request.names)
 
     @invariant()
     def pins_leave_room(self) -> None:
@@ -170,8 +171,9 @@ class HostTierMachine(RuleBasedStateMachine):
 
     @invariant()
     def who_is_let_in_is_counted(self) -> None:
-        assert sum(self.world.using.values()) == len(self.let_in)
-        assert sum(self.world.leases.values()) <= len(self.let_in) + len(self.waiting)
+        num_used = sum(len(request.names) for request in self.let_in)
+        assert sum(self.world.using.values()) == num_used
+        assert sum(self.world.leases.values()) <= num_used + sum(len(request.names) for request in self.waiting)
 
     def teardown(self) -> None:
         try:
@@ -186,7 +188,7 @@ class HostTierMachine(RuleBasedStateMachine):
         while self.waiting or self.let_in:
             for request in tuple(self.let_in):
                 self.let_in.remove(request)
-                self.world.done(request.name)
+                self.world.done_all(request.names)
             await asyncio.sleep(0.5)
             self.nobody_waits_beyond_the_deadline()
         ends = await asyncio.gather(*self.tasks, return_exceptions=True)

@@ -161,6 +161,9 @@ def _flipped() -> list[Negative]:
     blocks = {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": [], "nblocks": 2}
     claims: dict[str, tuple[str, m.Mutate, Code, str]] = {
         "dora claimed": ("plain", m.config("use_dora", True, ""), Code.INCOMPLETE_PAIR, "dora"),
+        "dora unsaid on queries": (
+            "dora", m.without("use_dora", "lora_magnitude_vector"), Code.AMBIGUOUS_LAYOUT, "dora_unsaid"
+        ),
         "dora and a bias of B": ("dora", m.config("lora_bias", True), Code.UNSUPPORTED, "lora_bias"),
         "blocks claimed": ("plain", m.config("use_bdlora", blocks, ""), Code.SHAPE_MISMATCH, "bdlora"),
         "pooling claimed": ("plain", m.config("use_qalora", True, ""), Code.SHAPE_MISMATCH, "qalora"),

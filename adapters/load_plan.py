@@ -13,6 +13,7 @@ from adapters.header_table import HeaderTable, StoredTensor
 from adapters.host_memory import ALIGNMENT
 from adapters.module_names import BaseModules
 from adapters.packed_modules import PackedLayout, kind_of, layout_of
+from adapters.place_experts import PlacedExperts
 from adapters.proposal import EmbeddingProposal, PairProposal
 from adapters.safetensors_header import TORCH_DTYPES
 from adapters.tensor_pieces import Piece, plan_pieces
@@ -70,6 +71,7 @@ class Placement:
     vectors: tuple[PlacedVector, ...] = ()
     rows: tuple[PlacedRows, ...] = ()
     embedding: EmbeddingProposal | None = None
+    experts: tuple[PlacedExperts, ...] = ()
     vocab_size: int | None = None  # None: the base's
     invocation_tokens: tuple[int, ...] = ()
     rewrite: str = ""  # the exchange of prefixes that was made
@@ -80,7 +82,8 @@ class Placement:
     @property
     def is_plain(self) -> bool:
         """Nothing but pairs that are copied."""
-        return not (self.vectors or self.rows or self.embedding) and all(pair.is_copied for pair in self.pairs)
+        has_more = self.vectors or self.rows or self.embedding or self.experts
+        return not has_more and all(pair.is_copied for pair in self.pairs)
 
     @property
     def needs_weights(self) -> bool:

@@ -84,14 +84,15 @@ class LoRALayers:
     def write(self, start: int, model: LoRAModel, extras: AppliedExtras | None = None) -> None:
         """Copy an adapter into rows [start, start + rows_of(model)) of every module's pools, over whatever was there.
 
-        `extras` is what `applied` gave for it. ValueError, and nothing written, when a module is not one of the base's,
-        a shape differs, or the rows end beyond the pools.
+        `extras` is what `applied` gave for it, which is asked where it is None. ValueError, and nothing written, when a
+        module is not one of the base's, a shape differs, or the rows end beyond the pools.
         """
         packed = PackedModules.of(model.modules)
         places = self._places_of(packed.layout, model.version)
         num_rows = self.rows_of(model)
         if start < 0 or start + num_rows > self.num_rows:
             raise ValueError(f"rows [{start}, {start + num_rows}) are outside pools of {self.num_rows} rows")
+        extras = extras or self.applied(model)
         self.clear(start, num_rows)
         places.writer.write(packed.flat, start)
         if extras is not None:

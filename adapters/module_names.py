@@ -198,7 +198,7 @@ class _Known:
         base = self._base
         if name in base.linears or name in base.excluded or name in self._others:
             return True
-        return name in base.norms or name in base.experts or self._is_expert(name)
+        return name in base.norms or name in base.experts or name in base.routers or self._is_expert(name)
 
     def _is_expert(self, name: str) -> bool:
         """`….experts.7.gate_proj`, where the base holds all experts in one module."""

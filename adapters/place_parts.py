@@ -11,6 +11,7 @@ from torch import Tensor
 from adapters.errors import AdapterRefused, RefusalCode
 from adapters.load_plan import PlacedPair, PlacedRows, PlacedVector, Placement
 from adapters.module_names import BaseModules
+from adapters.place_experts import place_experts
 from adapters.place_vocabulary import WRONG_BASE, num_rows_of, part_of, vocab_size_of, width_of
 from adapters.proposal import EmbeddingProposal, PairProposal, Proposal, TokensProposal, VectorProposal, WholeProposal
 from adapters.safetensors_header import TensorEntry
@@ -29,8 +30,7 @@ def place_parts(
     max_lora_rank: int,
 ) -> Placement:
     """`modules`: source → name in the base. Raises AdapterRefused."""
-    for experts in proposal.experts:
-        raise _unsupported("target_parameters", "LoRA on fused experts is not served", experts.inputs[0])
+    experts = place_experts(proposal.experts, modules, entries, base, max_lora_rank=max_lora_rank)
     vectors = [_of_pair(pair, entries) for pair in placed.pairs if pair.pair.bias is not None]
     vectors += [_vector(vector, modules[vector.source], entries, base) for vector in proposal.vectors]
     rows: list[PlacedRows] = []
@@ -42,7 +42,7 @@ def place_parts(
         rows += _tokens(tokens, modules[tokens.source], entries, base)
     embedding, head_pairs = _embedding(proposal.embeddings, modules, entries, base, max_lora_rank)
     placed = replace(placed, pairs=(*placed.pairs, *head_pairs), vectors=tuple(vectors), rows=tuple(rows))
-    placed = replace(placed, embedding=embedding, invocation_tokens=proposal.invocation_tokens)
+    placed = replace(placed, embedding=embedding, experts=experts, invocation_tokens=proposal.invocation_tokens)
     for pair in placed.pairs:
         _check_magnitude(pair, entries)
     _check_once(placed)

@@ -12,6 +12,7 @@ from adapters.errors import AdapterRefused, RefusalCode
 from adapters.load_plan import PlacedPair, Placement
 from adapters.lora_config import CONFIG_NAME
 from adapters.module_names import BaseModules, LinearShape, Resolution, locate
+from adapters.place_fused import FusedPlace, fused_places, join_parts
 from adapters.place_parts import place_parts, shape_mismatch
 from adapters.proposal import PairProposal, Proposal
 from adapters.safetensors_header import TensorEntry, require_floats, require_matrix, require_numbers
@@ -30,11 +31,7 @@ def place(
     _check_kinds(proposal, entries)
     resolution = _located(proposal, base)
     _check_base(proposal.pairs, resolution, base, entries, base_model)
-    pairs = []
-    for pair in proposal.pairs:
-        placed_pair = _place_pair(pair, resolution.modules[pair.source], entries, base)
-        _check_rank(placed_pair.pair.lora_rank, _stored_ranks(placed_pair.pair), max_lora_rank, pair.inputs[0])
-        pairs.append(placed_pair)
+    pairs = _place_pairs(proposal.pairs, resolution, entries, base, max_lora_rank)
     placed = Placement(
         pairs=tuple(pairs),
         rewrite=resolution.rewrite,
@@ -45,8 +42,36 @@ def place(
     return place_parts(placed, proposal, entries, resolution.modules, base, max_lora_rank=max_lora_rank)
 
 
-def _place_pair(pair: PairProposal, module: str, entries: Mapping[str, TensorEntry], base: BaseModules) -> PlacedPair:
-    shape, stored = _linear(module, pair, base), [entries[name] for name in pair.inputs]
+def _place_pairs(
+    proposed: Sequence[PairProposal],
+    resolution: Resolution,
+    entries: Mapping[str, TensorEntry],
+    base: BaseModules,
+    max_lora_rank: int,
+) -> list[PlacedPair]:
+    """Those of parts of one linear together."""
+    pairs, parts, fused = list[PlacedPair](), dict[str, list[tuple[FusedPlace, PlacedPair]]](), fused_places(base)
+    for pair in proposed:
+        module = resolution.modules[pair.source]
+        part = None if module in base.linears else fused.get(module)
+        shape = _linear(module, pair, base) if part is None else part.shape
+        placed = _place_pair(pair, module, shape, entries, base)
+        _check_rank(placed.pair.lora_rank, _stored_ranks(placed.pair), max_lora_rank, pair.inputs[0])
+        if part is None:
+            pairs.append(placed)
+        else:
+            parts.setdefault(part.linear, []).append((part, placed))
+    for linear, some in parts.items():
+        joined = join_parts(linear, some, base)
+        _check_rank(joined.pair.lora_rank, _stored_ranks(joined.pair), max_lora_rank, joined.inputs[0])
+        pairs.append(joined)
+    return pairs
+
+
+def _place_pair(
+    pair: PairProposal, module: str, shape: LinearShape, entries: Mapping[str, TensorEntry], base: BaseModules
+) -> PlacedPair:
+    stored = [entries[name] for name in pair.inputs]
     if pair.fold is not None:
         shape = _check_folded(pair, stored, module, shape, base)
         return PlacedPair(module, pair, shape.in_features, shape.out_features)
@@ -61,7 +86,7 @@ def _located(proposal: Proposal, base: BaseModules) -> Resolution:
     resolution = locate(_sources(proposal), base)
     parts = {part.name for part in (base.embedding, base.head) if part is not None}
     for name, module in resolution.modules.items():
-        if module in base.excluded and not (module in parts or module in base.norms or module in base.experts):
+        if module in base.excluded and not (module in parts or _is_placeable(module, base)):
             raise AdapterRefused(
                 RefusalCode.UNSUPPORTED,
                 base.excluded[module],
@@ -70,6 +95,10 @@ def _located(proposal: Proposal, base: BaseModules) -> Resolution:
                 tensor=name,
             )
     return resolution
+
+
+def _is_placeable(module: str, base: BaseModules) -> bool:
+    return module in base.norms or module in base.experts or module in base.routers
 
 
 def _sources(proposal: Proposal) -> list[str]:
@@ -124,9 +153,10 @@ def _check_kinds(proposal: Proposal, entries: Mapping[str, TensorEntry]) -> None
 
 
 def _linear(module: str, pair: PairProposal, base: BaseModules) -> LinearShape:
-    """What a pair may be on: a linear or the head."""
-    if module in base.linears:
-        return base.linears[module]
+    """What a pair may be on: a linear, a router of experts or the head."""
+    shape = base.linears.get(module) or base.routers.get(module)
+    if shape is not None:
+        return shape
     if base.head is not None and module == base.head.name:
         return LinearShape(base.head.in_features, base.head.out_features)
     raise AdapterRefused(

@@ -85,15 +85,18 @@ class TokensProposal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertProposal:
-    """Pairs of fused experts. `form`: how A and B are stored, as expert_layout.py knows."""
+    """A pair of fused experts. `form`: "rank_major" or "grouped_by_expert", as B holds the pairs of all of them, or
+    "single": of one expert's projection.
+    """
 
     source: str  # the module that holds the experts
-    parameter: str  # gate_up_proj, down_proj; or a projection of one expert: gate_proj, w1, …
+    parameter: str  # gate_up_proj or down_proj; of one expert gate, up or down
     inputs: tuple[str, ...]
     form: str
     scale: float
     lora_rank: int
-    expert: int | None = None  # of per-expert files
+    expert: int | None = None  # of "single"
+    peft_version: tuple[int, int] | None = None  # what wrote it, where the config says
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from functools import partial
 from adapters.folds import blocks_of_a, blocks_of_b, pooled, pooled_fits
 from adapters.key_roles import Role, TensorKey, by_module, read_keys, require_roles
 from adapters.proposal import EmbeddingProposal, PairProposal, Proposal, joined
+from adapters.propose_experts import is_of_experts, propose_experts
 from adapters.propose_whole import WHOLE_ROLES, propose_whole
 from adapters.recipe import Recipe
 from adapters.refusals import (
@@ -42,13 +43,14 @@ def propose_lora(recipe: Recipe, entries: Entries) -> Proposal:
     """Raises AdapterRefused naming the tensor or the field."""
     keys = read_keys(sorted(entries))
     require_roles(keys, _PAIR_ROLES | WHOLE_ROLES | _TRAINING_ROLES.keys())
-    if recipe.target_parameters:
-        raise FUSED_EXPERTS.error(feature=f"target_parameters={shown(list(recipe.target_parameters))}")
     modules = by_module(key for key in keys if key.role in _PAIR_ROLES)
     _check_dora(recipe, modules)
+    experts = {module: roles for module, roles in modules.items() if is_of_experts(recipe, module)}
+    modules = {module: roles for module, roles in modules.items() if module not in experts}
     own = Proposal(
         pairs=tuple(_pair(recipe, m, roles, entries) for m, roles in modules.items() if not _is_embedding(roles)),
         embeddings=tuple(_embedding(recipe, m, roles, entries) for m, roles in modules.items() if _is_embedding(roles)),
+        experts=propose_experts(recipe, experts, entries),
         invocation_tokens=recipe.invocation_tokens,
         dropped=_dropped(recipe, keys),
         features=_features(recipe, modules),

@@ -20,8 +20,8 @@ class Refusal:
     fix: str
     code: RefusalCode = RefusalCode.UNSUPPORTED
 
-    def error(self, *, feature: str | None = None, tensor: str | None = None) -> AdapterRefused:
-        return AdapterRefused(self.code, self.why, self.fix, feature=feature or self.feature, tensor=tensor)
+    def error(self, *, feature: str | None = None, tensor: str | None = None, why: str | None = None) -> AdapterRefused:
+        return AdapterRefused(self.code, why or self.why, self.fix, feature=feature or self.feature, tensor=tensor)
 
 
 _RETRAIN = "Train without it, or merge the adapter into a base of its own"
@@ -96,7 +96,9 @@ TOKEN_LOGITS = Refusal(
     "Train CAUSAL_LM",
 )
 FUSED_EXPERTS = Refusal(
-    "target_parameters", "LoRA sits on bare parameters, such as fused experts", "Target linear modules only"
+    "target_parameters",
+    "the pair is on a bare parameter that is neither fused experts' nor a router's, or has more to it than A and B",
+    "Target experts, routers and linear modules only, with plain LoRA",
 )
 
 # --- other methods than LoRA, by peft_type
@@ -183,6 +185,14 @@ LORA_BIAS_DENIED = Refusal(
     "lora_bias=False",
     "the file has a bias of B, and the config does not say lora_bias",
     "Set lora_bias to true if it was trained so, or remove the tensor",
+    RefusalCode.AMBIGUOUS_LAYOUT,
+)
+
+EXPERT_LAYOUT = Refusal(
+    "experts",
+    "how the pairs of fused experts are stored is told neither by names and shapes nor by the config",
+    "Write what the trainer did into adapter_config.json: lora_B_layout (rank_major or grouped_by_expert), "
+    "peft_version, target_parameters",
     RefusalCode.AMBIGUOUS_LAYOUT,
 )
 

@@ -15,6 +15,8 @@ from adapters.base_weights import BaseWeights, dora_gain, embedding_dora_gain
 from adapters.errors import AdapterRefused, RefusalCode
 from adapters.load_plan import LoadPlan, Part, PlacedPair, PlacedRows, PlacedVector
 from adapters.packed_modules import PackedModules
+from adapters.replaced_rows import ReplacedRows
+from adapters.run_experts import run_experts
 from adapters.whole_rows import compare
 
 Kept = dict[str, Tensor]
@@ -82,6 +84,12 @@ def run_extras(sources: Sources, modules: PackedModules) -> tuple[AdapterExtras,
     for vector in sorted(placement.vectors, key=lambda each: each.kind not in ("gain", "input_scale")):
         _add_vector(vector, sources, made)
     embedding = _embedding(sources, made)
+    experts = run_experts(
+        placement.experts,
+        sources.plan.base.experts,
+        sources.floats,
+        lambda tensor, name: _ready(tensor, name, sources.dtype),
+    )
     head = HeadAdapter(made.rows.get("head"), made.whole.get("head"), made.head_bias)
     has_head = head.rows is not None or head.weight is not None or head.bias is not None
     _name_replaced(sources, made)
@@ -93,6 +101,7 @@ def run_extras(sources: Sources, modules: PackedModules) -> tuple[AdapterExtras,
         norms=made.norms,
         embedding=embedding,
         head=head if has_head else None,
+        experts=experts,
         vocab_size=placement.vocab_size,
         invocation_tokens=placement.invocation_tokens,
         replaced=frozenset(made.replaced),
@@ -256,41 +265,4 @@ def _replaced(sources: Sources, made: _Made) -> BaseWeights:
     named = {f"{_name_of(part, sources)}.weight": part for part in parts}
     rows = {name: made.rows[part] for name, part in named.items() if part in made.rows}
     wholes = {name: made.whole[part] for name, part in named.items() if part in made.whole}
-    return _ReplacedRows(sources.base(), rows, wholes)
-
-
-@dataclass(frozen=True, slots=True)
-class _ReplacedRows:
-    """BaseWeights, some rows of which are others; keys are names of parameters."""
-
-    base: BaseWeights
-    replacing: Mapping[str, TokenRows]
-    wholes: Mapping[str, Tensor]
-
-    @property
-    def fingerprint(self) -> str:
-        return self.base.fingerprint
-
-    def shape(self, parameter: str) -> tuple[int, ...] | None:
-        return self.base.shape(parameter)
-
-    def rows(self, parameter: str, begin: int, end: int) -> Tensor:
-        """[end - begin, in] float32."""
-        if parameter in self.wholes:
-            found = self.wholes[parameter][begin:end].float()
-        else:
-            found = self._of_base(parameter, begin, end)
-        replacing = self.replacing.get(parameter)
-        if replacing is not None:
-            inside = (replacing.ids >= begin) & (replacing.ids < end)  # [n]
-            found = found.clone()
-            found[replacing.ids[inside] - begin] = replacing.values[inside].float()
-        return found
-
-    def _of_base(self, parameter: str, begin: int, end: int) -> Tensor:
-        """Rows past the base's are zero; each is among those that replace."""
-        shape = self.base.shape(parameter)
-        assert shape is not None, f"the base has no {parameter}"
-        inside = max(begin, min(end, shape[0]))
-        found = self.base.rows(parameter, begin, inside) if inside > begin else torch.zeros(0, *shape[1:])
-        return torch.nn.functional.pad(found, (0, 0, 0, end - inside))
+    return ReplacedRows(sources.base(), rows, wholes)

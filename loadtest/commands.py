@@ -10,7 +10,16 @@ from types import ModuleType
 
 import aiohttp
 
-from loadtest import bench_command, churn_command, gpu_command, kernels, peers_command, run_command, tiers_command
+from loadtest import (
+    bench_command,
+    churn_command,
+    extras,
+    gpu_command,
+    kernels,
+    peers_command,
+    run_command,
+    tiers_command,
+)
 from loadtest.client import LoadTestFailed
 from loadtest.proof import MixDiffers
 
@@ -19,6 +28,7 @@ _COMMANDS: dict[str, ModuleType] = {
     "bench": bench_command,
     "peers": peers_command,
     "kernels": kernels,
+    "extras": extras,
     "churn": churn_command,
     "tiers": tiers_command,
     "gpu": gpu_command,

@@ -49,6 +49,7 @@ class EngineInfo:
     model_type: str
     max_model_len: int  # tokens
     vocab_size: int  # token ids [0, vocab_size) may be sent and sampled
+    num_embeddings: int  # rows of the model's vocabulary; those past vocab_size are padding to the base's tokenizer
     dtype: torch.dtype
     device: str
     eos_token_ids: frozenset[int]
@@ -68,6 +69,7 @@ class AsyncEngine:
             model_type=str(base.config.model_type),
             max_model_len=engine.max_model_len,
             vocab_size=engine.num_token_ids,
+            num_embeddings=base.vocab_size,
             dtype=base.dtype,
             device=str(base.device),
             eos_token_ids=base.eos_token_ids,

@@ -1,6 +1,7 @@
-"""`loramux check`: would the server take this adapter? The loader's own verdict, without a server and without weights.
+"""`loramux check`: would the server take this adapter? The loader's own verdict, without a server.
 
-The base is built on the meta device, so only its config is read. Prints; decides nothing the loader does not decide.
+The base is built on the meta device, so only its config is read, and its weights where an adapter is computed from
+them. Prints; decides nothing the loader does not decide.
 """
 
 import json
@@ -10,8 +11,10 @@ from typing import Annotated
 import torch
 from cyclopts import Parameter
 from rich.console import Console
+from torch import nn
 from transformers import AutoConfig
 
+from adapters.base_weights import BaseWeights
 from adapters.checkpoint import CheckpointLimits, LoadedAdapter, load_lora_model
 from adapters.errors import AdapterError, AdapterRefused
 from adapters.module_names import BaseModules
@@ -20,7 +23,8 @@ from server.cli_options import Count
 from server.config import LoRALimits, ModelConfig
 from server.default_model import ModelUnavailable, resolve_model
 from server.engine.base_model import compute_dtype
-from server.engine.model_outline import from_config, outline_of
+from server.engine.live_weights import LiveWeights, fingerprint
+from server.engine.model_outline import auto_class, from_config, outline_of
 from server.memory_size import format_memory
 
 _LIMITS = LoRALimits()
@@ -58,16 +62,25 @@ def check_command(
     except (OSError, ValueError) as error:
         raise CommandFailed(f"the config of {model} cannot be read: {error}") from error
     limits = CheckpointLimits(max_lora_rank=max_lora_rank, max_adapter_bytes=_LIMITS.max_adapter_bytes)
-    return check_adapter(folder, base, dtype, limits, as_json=as_json)
+    try:
+        return check_adapter(folder, base, dtype, limits, as_json=as_json, weights=weights_of(resolved.folder, dtype))
+    except OSError as error:
+        raise CommandFailed(f"the weights of {model} cannot be read: {error}") from error
 
 
 def check_adapter(
-    folder: Path, base: BaseModules, dtype: torch.dtype, limits: CheckpointLimits, *, as_json: bool
+    folder: Path,
+    base: BaseModules,
+    dtype: torch.dtype,
+    limits: CheckpointLimits,
+    *,
+    as_json: bool,
+    weights: BaseWeights | None = None,
 ) -> int:
     """Print the verdict on `folder` against `base`; 0 = it would be served, 1 = refused."""
     console = Console()
     try:
-        loaded = load_lora_model(folder, base, limits=limits, dtype=dtype)
+        loaded = load_lora_model(folder, base, limits=limits, dtype=dtype, weights=weights)
     except AdapterError as error:
         _print_refusal(error, folder, as_json, console)
         return 1
@@ -83,6 +96,19 @@ def outline(model_folder: Path) -> tuple[BaseModules, torch.dtype]:
     return outline_of(model), compute_dtype(ModelConfig().dtype, config)
 
 
+def weights_of(model_folder: Path, dtype: torch.dtype) -> BaseWeights:
+    """The weights of the model in `model_folder`, loaded when the first of them is asked for. Raises OSError then."""
+
+    def load() -> nn.Module:
+        config = AutoConfig.from_pretrained(model_folder, local_files_only=True, trust_remote_code=False)
+        model: nn.Module = auto_class(config).from_pretrained(
+            model_folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+        return model
+
+    return LiveWeights(load, fingerprint(model_folder))
+
+
 def _print_verdict(loaded: LoadedAdapter, folder: Path, base: BaseModules, as_json: bool, console: Console) -> None:
     report = loaded.report
     if as_json:
@@ -95,6 +121,8 @@ def _print_verdict(loaded: LoadedAdapter, folder: Path, base: BaseModules, as_js
         f"  modules   {report.num_modules} of {len(base.linears)}: {modules}",
         f"  rank      {report.lora_rank}, {report.num_params:,} parameters, {format_memory(report.num_bytes)}",
         f"  features  {', '.join(report.features) or 'plain LoRA'}",
+        *(f"  {part:9} {count}, {format_memory(report.part_bytes[part])}" for part, count in report.parts.items()),
+        *(f"  dropped   {tensor}: changes nothing" for tensor in report.dropped),
         *(f"  warning   {warning}" for warning in report.warnings),
     ]
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

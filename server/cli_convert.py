@@ -182,13 +182,13 @@ def _model_outline(folder: Path) -> nn.Module:
     return model
 
 
-def _weights(folder: Path) -> LiveWeights:
+def _weights(folder: Path) -> tuple[LiveWeights, torch.dtype]:
     """As the checkpoint has them: what PEFT took its decomposition of."""
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
-        return LiveWeights(lambda: model, fingerprint(folder))
+        return LiveWeights(lambda: model, fingerprint(folder)), model.dtype
     except (OSError, ValueError) as error:
         raise CannotConvert(f"the weights of the base in {folder} cannot be read: {error}") from error
 
@@ -248,7 +248,7 @@ def _bar() -> Iterator[OnProgress]:
         task = bar.add_task("reading", total=None)
 
         def show(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
+            bar.update(task, description=what, completed=done, total=total, refresh=done == 0)
 
         yield show
 

@@ -160,9 +160,9 @@ class ServeOptions:
     max_adapter_bytes: Annotated[Memory, Parameter(group=_ADAPTER_FLAGS, help="One adapter's files.")] = (
         _LORA.max_adapter_bytes
     )
-    max_full_bytes: Annotated[
-        Memory, Parameter(group=_ADAPTER_FLAGS, help="An adapter's own embedding and head, if they are not rows.")
-    ] = _LORA.max_full_bytes
+    max_full_bytes: Annotated[Memory, Parameter(group=_ADAPTER_FLAGS, help="One adapter's own embedding and head.")] = (
+        _LORA.max_full_bytes
+    )
     enable_lora: Annotated[
         bool, Parameter(group=_ADAPTER_FLAGS, negative="", show_default=False, help="Accepted and ignored: always on.")
     ] = True
@@ -277,7 +277,8 @@ class ServeOptions:
 
     def config(self, model: str | None, samples: Sequence[tuple[str, Path]] = ()) -> ServerConfig:
         """The server's settings. Named adapters win over samples of the same name."""
-        shipped = dict(samples if self._wants_samples(model) else ())
+        wants_samples = model is None if self.samples is None else self.samples
+        shipped = dict(samples if wants_samples else ())
         named = dict(parse_lora_module(text) for text in self.lora_modules)
         return ServerConfig(
             engine=EngineConfig(
@@ -292,9 +293,6 @@ class ServeOptions:
             lora_modules=tuple((shipped | named).items()),
             samples=frozenset(shipped.keys() - named.keys()),
         )
-
-    def _wants_samples(self, model: str | None) -> bool:
-        return model is None if self.samples is None else self.samples
 
     def _part(self, config: type[_Config], **given: Any) -> _Config:
         """Fill one of the config's dataclasses from the options of the same names."""

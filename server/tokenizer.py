@@ -4,6 +4,7 @@ Knows nothing of requests, sampling or streams (server/text_stream.py is the inc
 be called from any thread: a fast tokenizer is used only in ways that do not change it, a slow one under a lock.
 """
 
+import copy
 import inspect
 import json
 import re
@@ -166,8 +167,22 @@ class Tokenizer:
     # Chat.
 
     @property
+    def chat_template(self) -> str | None:
+        template = self._hf.chat_template
+        return template if isinstance(template, str) else None
+
+    @property
     def has_chat_template(self) -> bool:
         return bool(self._hf.chat_template)
+
+    def with_chat_template(self, template: str | None) -> "Tokenizer":
+        """The same tokenizer, and all that was learned of it, with another template."""
+        if template is None:
+            return self
+        other = copy.copy(self)
+        other._hf = copy.copy(self._hf)
+        other._hf.chat_template = template
+        return other
 
     def apply_chat_template(
         self,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from adapters.convert.failure import CannotConvert
-from adapters.module_names import PREFIXES
+from adapters.name_rewrites import PREFIXES
 from adapters.untrusted_json import shown
 
 
@@ -21,11 +21,14 @@ class BaseOutline:
     embeddings: Mapping[str, tuple[int, int]]  # [V, H]
     biases: Mapping[str, int]  # owner of a `bias`, a norm too → its length
     transposed: frozenset[str]  # linears stored [in, out]: GPT-2's Conv1D
+    tied: frozenset[str]  # linears whose weight is an embedding's too
 
     @classmethod
     def of(cls, model: nn.Module) -> "BaseOutline":
         """Of a model whose weights need not be there (meta device)."""
         linears, embeddings, biases, transposed = {}, {}, {}, set()
+        shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        tied = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m.weight) in shared}
         for name, module in model.named_modules():
             bias = module._parameters.get("bias")
             if bias is not None:
@@ -37,7 +40,7 @@ class BaseOutline:
             elif hasattr(module, "nx") and hasattr(module, "nf"):
                 linears[name] = (int(module.nf), int(module.nx))
                 transposed.add(name)
-        return cls(linears, embeddings, biases, frozenset(transposed))
+        return cls(linears, embeddings, biases, frozenset(transposed), frozenset(tied))
 
     def resolve(self, names: Sequence[str]) -> dict[str, str]:
         """name in a checkpoint → name in the base: as it stands, or after one exchange of prefixes in all alike.

@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
 from torch import Tensor
 
 from adapters.adapter_folder import OpenFile
 from adapters.errors import AdapterRefused, RefusalCode
-from adapters.safetensors_header import LENGTH_BYTES, LORA_DTYPES, header_length, parse_header
-from adapters.weight_files import StoredTensor
+from adapters.safetensors_header import LENGTH_BYTES, LORA_DTYPES, TORCH_DTYPES, header_length, parse_header
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
@@ -33,6 +33,7 @@ def read_tensors(opened: BinaryIO, name: str) -> dict[str, Tensor]:
                 f"the tensor is {entry.dtype} {list(entry.shape)}; read are non-empty {', '.join(sorted(LORA_DTYPES))}"
             )
             raise AdapterRefused(RefusalCode.UNSUPPORTED, why, "Save it in 16 or 32 bits", tensor=entry.name)
-        stored = StoredTensor(entry, file, start)
-        tensors[entry.name] = stored.as_tensor(stored.read(memoryview(bytearray(entry.num_bytes))))
+        data = bytearray(entry.num_bytes)
+        file.read_into(memoryview(data), start + entry.begin)
+        tensors[entry.name] = torch.frombuffer(data, dtype=TORCH_DTYPES[entry.dtype]).view(entry.shape)
     return tensors

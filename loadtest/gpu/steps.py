@@ -64,8 +64,8 @@ class _NoLoRA:
 
     num_rows = 1
 
-    def applying(self, batch: object, *, everywhere: bool) -> nullcontext[None]:
-        assert batch is None
+    def applying(self, batch: object, *, extras: object = None, everywhere: bool) -> nullcontext[None]:
+        assert batch is None and extras is None
         return nullcontext()
 
 

@@ -15,14 +15,16 @@ from server.api.context import RequestStream, ServerContext
 from server.api.generation import Choice, Generation, GenerationSpec, Usage
 from server.api.leasing import hold_adapters, refuse_revoked, until_ready
 from server.api.sampling import with_seed
+from server.api.vocabulary import Vocabulary, vocabulary_of
 from server.engine.request import Request
 from server.text_stream import TextStream
+from server.tokenizer import Tokenizer
 
 
 async def start_generation(
     context: ServerContext,
     fields: AdapterFields,
-    prepare: Callable[[], Awaitable[GenerationSpec]],
+    prepare: Callable[[Vocabulary], Awaitable[GenerationSpec]],
     *,
     key: str | None,
     receive: Receive,
@@ -39,19 +41,20 @@ async def start_generation(
     try:
         await until_ready(context, hold, receive)
         hold.refuse_conflicts(context.engine.facts)
-        spec = await prepare()
+        vocabulary = await vocabulary_of(context, hold)
+        spec = await prepare(vocabulary)
         refuse_revoked(hold)
-        return _admit(context, hold, spec)
+        return _admit(context, hold, vocabulary, spec)
     except BaseException:
         hold.release()
         raise
 
 
-def _admit(context: ServerContext, hold: AdapterHold, spec: GenerationSpec) -> Generation:
-    requests = _requests(context, hold, spec)
+def _admit(context: ServerContext, hold: AdapterHold, vocabulary: Vocabulary, spec: GenerationSpec) -> Generation:
+    requests = _requests(context, hold, vocabulary, spec)
     streams = context.engine.admit(requests)
     try:
-        generation = _generation(context, hold, spec, requests, streams)
+        generation = _generation(context, hold, vocabulary.tokenizer, spec, requests, streams)
         hold.on_revoked(generation.revoke)
         return generation
     except BaseException:
@@ -63,6 +66,7 @@ def _admit(context: ServerContext, hold: AdapterHold, spec: GenerationSpec) -> G
 def _generation(
     context: ServerContext,
     hold: AdapterHold,
+    tokenizer: Tokenizer,
     spec: GenerationSpec,
     requests: Sequence[Request],
     streams: Sequence[RequestStream],
@@ -75,7 +79,7 @@ def _generation(
             stream=stream,
             hold=hold,
             text=TextStream(
-                context.tokenizer,
+                tokenizer,
                 request.prompt_token_ids,
                 spec.stop,
                 spec.include_stop,
@@ -91,12 +95,12 @@ def _generation(
         )
         for index, (request, stream) in enumerate(zip(requests, streams, strict=True))
     ]
-    return Generation(spec=spec, hold=hold, choices=choices, usage=usage)
+    return Generation(spec=spec, hold=hold, tokenizer=tokenizer, choices=choices, usage=usage)
 
 
-def _requests(context: ServerContext, hold: AdapterHold, spec: GenerationSpec) -> list[Request]:
+def _requests(context: ServerContext, hold: AdapterHold, vocabulary: Vocabulary, spec: GenerationSpec) -> list[Request]:
     stem = uuid.uuid4().hex
-    eos = frozenset() if spec.ignore_eos else context.engine.info.eos_token_ids
+    eos = frozenset() if spec.ignore_eos else vocabulary.eos_token_ids
     uses = [hold.uses(context.engine.facts, prompt.token_ids) for prompt in spec.prompts]
     return [
         Request(
@@ -105,6 +109,7 @@ def _requests(context: ServerContext, hold: AdapterHold, spec: GenerationSpec) -
             sampling_params=with_seed(prompt.params, spec.seed, choice),
             stop_ids=eos | frozenset(prompt.params.stop_token_ids),
             adapters=uses[at],
+            num_token_ids=None if vocabulary.is_base else vocabulary.size,
             arrival_time=time.monotonic(),
         )
         for at, prompt in enumerate(spec.prompts)

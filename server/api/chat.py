@@ -25,7 +25,8 @@ from server.api.generation import (
 )
 from server.api.protocol import ChatRequest
 from server.api.replies import Envelope, chat_logprobs, usage_body
-from server.api.sampling import check_choices, max_tokens_within, sampling_params
+from server.api.sampling import check_choices, check_token_ids, max_tokens_within, sampling_params
+from server.api.vocabulary import Vocabulary
 from server.errors import BadRequest
 
 router = role_router(Role.INFERENCE)
@@ -37,17 +38,21 @@ async def create_chat_completion(
 ) -> Response:
     check_choices(body.n, context.config.http.max_n)
     generation = await start_generation(
-        context, body, lambda: _prepare(context, body), key=body.sticky_key, receive=request.receive
+        context,
+        body,
+        lambda vocabulary: _prepare(context, body, vocabulary),
+        key=body.sticky_key,
+        receive=request.receive,
     )
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     envelope = Envelope.new(context, generation, prefix="chatcmpl", kind=kind, model=body.model)
-    writer = _Writer(context, body, generation, envelope)
+    writer = _Writer(body, generation, envelope)
     return await answer(request, generation, writer, is_stream=body.stream, count_error=context.metrics.error)
 
 
-async def _prepare(context: ServerContext, body: ChatRequest) -> GenerationSpec:
+async def _prepare(context: ServerContext, body: ChatRequest, vocabulary: Vocabulary) -> GenerationSpec:
     token_ids = await asyncio.to_thread(
-        context.tokenizer.apply_chat_template,
+        vocabulary.tokenizer.apply_chat_template,
         [message.for_template() for message in body.messages],
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
@@ -55,9 +60,11 @@ async def _prepare(context: ServerContext, body: ChatRequest) -> GenerationSpec:
     )
     if not token_ids:
         raise BadRequest("The chat template made an empty prompt of 'messages'.", param="messages")
-    info = context.engine.info
-    max_tokens = max_tokens_within(info, len(token_ids), asked=body.max_new_tokens, default=None)
-    params = sampling_params(body, info, max_tokens=max_tokens, logprobs=body.num_logprobs, prompt_logprobs=None)
+    check_token_ids(token_ids, vocabulary.size, param="messages")
+    max_tokens = max_tokens_within(context.engine.info, len(token_ids), asked=body.max_new_tokens, default=None)
+    params = sampling_params(
+        body, vocab_size=vocabulary.size, max_tokens=max_tokens, logprobs=body.num_logprobs, prompt_logprobs=None
+    )
     return GenerationSpec(
         prompts=(Prompt(tuple(token_ids), params),),
         n=body.n,
@@ -72,8 +79,8 @@ async def _prepare(context: ServerContext, body: ChatRequest) -> GenerationSpec:
 class _Writer:
     """Writes one request's choices, whole or as chunks."""
 
-    def __init__(self, context: ServerContext, body: ChatRequest, generation: Generation, envelope: Envelope) -> None:
-        self._tokenizer = context.tokenizer
+    def __init__(self, body: ChatRequest, generation: Generation, envelope: Envelope) -> None:
+        self._tokenizer = generation.tokenizer
         self._body = body
         self._generation = generation
         self._envelope = envelope

@@ -26,6 +26,7 @@ from server.api.generation import (
 from server.api.protocol import DEFAULT_COMPLETION_TOKENS, CompletionRequest
 from server.api.replies import CompletionLogprobs, Envelope, usage_body
 from server.api.sampling import check_choices, check_token_ids, max_tokens_within, sampling_params
+from server.api.vocabulary import Vocabulary
 from server.errors import BadRequest
 
 router = role_router(Role.INFERENCE)
@@ -39,17 +40,21 @@ async def create_completion(
 ) -> Response:
     check_choices(body.n, context.config.http.max_n)
     generation = await start_generation(
-        context, body, lambda: _prepare(context, body), key=body.sticky_key, receive=request.receive
+        context,
+        body,
+        lambda vocabulary: _prepare(context, body, vocabulary),
+        key=body.sticky_key,
+        receive=request.receive,
     )
     envelope = Envelope.new(context, generation, prefix="cmpl", kind="text_completion", model=body.model)
-    writer = _Writer(context, body, generation, envelope)
+    writer = _Writer(body, generation, envelope)
     return await answer(request, generation, writer, is_stream=body.stream, count_error=context.metrics.error)
 
 
-async def _prepare(context: ServerContext, body: CompletionRequest) -> GenerationSpec:
-    encoded = [await _encode(context, body, each) for each in body.prompts]
+async def _prepare(context: ServerContext, body: CompletionRequest, vocabulary: Vocabulary) -> GenerationSpec:
+    encoded = [await _encode(vocabulary, body, each) for each in body.prompts]
     return GenerationSpec(
-        prompts=tuple(_prompt(context, body, token_ids, text) for token_ids, text in encoded),
+        prompts=tuple(_prompt(context, body, vocabulary, token_ids, text) for token_ids, text in encoded),
         n=body.n,
         seed=body.seed,
         stop=tuple(body.stop),
@@ -59,25 +64,29 @@ async def _prepare(context: ServerContext, body: CompletionRequest) -> Generatio
     )
 
 
-async def _encode(context: ServerContext, body: CompletionRequest, prompt: str | list[int]) -> tuple[list[int], str]:
+async def _encode(vocabulary: Vocabulary, body: CompletionRequest, prompt: str | list[int]) -> tuple[list[int], str]:
     """Token ids and the text that `echo` repeats."""
-    tokenizer = context.tokenizer
+    tokenizer = vocabulary.tokenizer
     if isinstance(prompt, str):
         if len(prompt) <= INLINE_CHARS:
             return tokenizer.encode(prompt, body.add_special_tokens), prompt
         return await asyncio.to_thread(tokenizer.encode, prompt, body.add_special_tokens), prompt
-    check_token_ids(prompt, context.engine.info.vocab_size, param="prompt")
+    check_token_ids(prompt, vocabulary.size, param="prompt")
     return prompt, tokenizer.decode(prompt, skip_special_tokens=False) if body.echo else ""
 
 
-def _prompt(context: ServerContext, body: CompletionRequest, token_ids: list[int], text: str) -> Prompt:
+def _prompt(
+    context: ServerContext, body: CompletionRequest, vocabulary: Vocabulary, token_ids: list[int], text: str
+) -> Prompt:
     if not token_ids:
         raise BadRequest("'prompt' has no tokens; send at least one.", param="prompt")
-    info = context.engine.info
-    max_tokens = max_tokens_within(info, len(token_ids), asked=body.max_new_tokens, default=DEFAULT_COMPLETION_TOKENS)
+    check_token_ids(token_ids, vocabulary.size, param="prompt")
+    max_tokens = max_tokens_within(
+        context.engine.info, len(token_ids), asked=body.max_new_tokens, default=DEFAULT_COMPLETION_TOKENS
+    )
     params = sampling_params(
         body,
-        info,
+        vocab_size=vocabulary.size,
         max_tokens=max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
@@ -88,13 +97,11 @@ def _prompt(context: ServerContext, body: CompletionRequest, token_ids: list[int
 class _Writer:
     """Writes one request's choices, whole or as chunks."""
 
-    def __init__(
-        self, context: ServerContext, body: CompletionRequest, generation: Generation, envelope: Envelope
-    ) -> None:
+    def __init__(self, body: CompletionRequest, generation: Generation, envelope: Envelope) -> None:
         self._body = body
         self._generation = generation
         self._envelope = envelope
-        self._logprobs = [CompletionLogprobs(context.tokenizer) for _ in generation.choices]
+        self._logprobs = [CompletionLogprobs(generation.tokenizer) for _ in generation.choices]
         self._templates: dict[int, EventTemplate] = {}  # choice → its plain chunks
         self._begun = [False] * len(generation.choices)
 

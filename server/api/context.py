@@ -5,13 +5,14 @@ routes are tested against a fake that needs no model. Nothing here knows of JSON
 """
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from fastapi import Request as HTTPRequest
 
 from adapters.adapter_facts import AdapterFacts
 from adapters.adapter_ref import AdapterVersion
+from server.adapter_tokenizer import AdapterTokenizers
 from server.config import ServerConfig
 from server.engine.request import EngineStats, Request, RequestOutput
 from server.lifecycle.adapter_service import AdapterService
@@ -38,6 +39,8 @@ class EngineInfo(Protocol):
     def max_model_len(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def num_embeddings(self) -> int: ...
     @property
     def eos_token_ids(self) -> frozenset[int]: ...
 
@@ -70,6 +73,10 @@ class ServerContext:
     metrics: Metrics
     config: ServerConfig
     model_name: str  # the first served name, the one replies carry
+    tokenizers: AdapterTokenizers = field(init=False)  # those that adapters bring themselves
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokenizers", AdapterTokenizers(self.tokenizer))
 
 
 async def server_context(request: HTTPRequest) -> ServerContext:

@@ -17,6 +17,7 @@ from server.engine.request import FinishReason, RequestOutput, SamplingParams, T
 from server.errors import EngineFailure, Unavailable
 from server.metrics import RequestMetrics
 from server.text_stream import TextStream
+from server.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +148,7 @@ class Generation:
 
     spec: GenerationSpec
     hold: AdapterHold
+    tokenizer: Tokenizer  # of the request
     choices: list[Choice]
     usage: Usage
     _pumps: list[asyncio.Task[None]] = field(default_factory=list)

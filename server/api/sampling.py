@@ -51,20 +51,20 @@ def _context_error(limit: int, num_prompt_tokens: int, asked: int | None) -> Con
 
 
 def sampling_params(
-    fields: GenerationFields, info: EngineInfo, *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+    fields: GenerationFields, *, vocab_size: int, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
 ) -> SamplingParams:
-    """What the engine is asked for, the seed apart (`with_seed`)."""
+    """What the engine is asked for, the seed apart (`with_seed`). `vocab_size` is the request's own."""
     if fields.min_tokens > max_tokens:
         raise BadRequest(
             f"'min_tokens' is {fields.min_tokens}, and at most {max_tokens} tokens may be generated; set 'max_tokens'.",
             param="min_tokens",
         )
-    check_token_ids(fields.stop_token_ids, info.vocab_size, param="stop_token_ids")
-    check_token_ids(list(fields.logit_bias), info.vocab_size, param="logit_bias")
+    check_token_ids(fields.stop_token_ids, vocab_size, param="stop_token_ids")
+    check_token_ids(list(fields.logit_bias), vocab_size, param="logit_bias")
     return SamplingParams(
         temperature=fields.temperature,
         top_p=max(fields.top_p, _SMALLEST_TOP_P),
-        top_k=min(fields.top_k, info.vocab_size) if fields.top_k > 0 else None,
+        top_k=min(fields.top_k, vocab_size) if fields.top_k > 0 else None,
         min_p=fields.min_p,
         presence_penalty=fields.presence_penalty,
         frequency_penalty=fields.frequency_penalty,

@@ -9,11 +9,12 @@ from pathlib import Path
 from adapters.checkpoint import CheckpointLimits, load_lora_model
 from adapters.plan_cache import PlanCache
 from adapters.version_store import VersionStore, base_key
-from server.async_engine import AsyncEngine
+from server.async_engine import AsyncEngine, EngineInfo
 from server.config import AdapterConfig, LoRALimits
 from server.lifecycle.adapter_service import AdapterService
 from server.lifecycle.adapters_file import AdaptersFile
 from server.lifecycle.catalogue import Catalogue
+from server.lifecycle.source_reader import ReadAdapter
 from server.lifecycle.sources.source_template import SourceTemplate
 from server.lifecycle.sources.sources import SourceLimits, Sources
 from server.lifecycle.sources.upload_store import UploadStore
@@ -65,16 +66,9 @@ async def open_adapters(
     )
     stack.callback(sources.close)
     info = engine.info
-    limits = CheckpointLimits(
-        max_lora_rank=lora.max_lora_rank,
-        max_adapter_bytes=lora.max_adapter_bytes,
-        max_full_bytes=lora.max_full_bytes,
-    )
     service = AdapterService(
         engine,
-        partial(
-            load_lora_model, base=info.base, limits=limits, dtype=info.dtype, weights=info.weights, plans=PlanCache()
-        ),
+        _reader_for(info, lora),
         metrics,
         catalogue=Catalogue.open(config.database_url or state.catalogue_url),
         store=VersionStore(
@@ -94,6 +88,17 @@ async def open_adapters(
     stack.push_async_callback(service.close)
     engine.add_observer(service.device.observe_step)
     return AdapterParts(service, uploads, state)
+
+
+def _reader_for(info: EngineInfo, lora: LoRALimits) -> ReadAdapter:
+    """Reads adapters for the engine's base; what loads have in common is kept between them."""
+    limits = CheckpointLimits(
+        max_lora_rank=lora.max_lora_rank,
+        max_adapter_bytes=lora.max_adapter_bytes,
+        max_full_bytes=lora.max_full_bytes,
+    )
+    plans = PlanCache()
+    return partial(load_lora_model, base=info.base, limits=limits, dtype=info.dtype, weights=info.weights, plans=plans)
 
 
 def allowed_roots(config: AdapterConfig, named: Sequence[Path]) -> tuple[Path, ...]:

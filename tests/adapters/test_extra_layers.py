@@ -54,7 +54,8 @@ class World:
         num_rows = SPACING * (len(self.adapters) + 1)
         self.layers = LoRALayers(self.model, self.base, num_rows=num_rows, ops=ops.select(torch.device("cpu")))
         for number, adapter in enumerate(self.adapters):
-            self.layers.write(SPACING * number, adapter, self.layers.applied(adapter))
+            extras = self.layers.applied(adapter) if number % 2 else None  # it is asked for them, or asks itself
+            self.layers.write(SPACING * number, adapter, extras)
         self.layers.check_integrity()
 
     def run(self, ids: Tensor, uses: Sequence[Sequence[tuple[int, float]]], *, rows: bool = False) -> Tensor:

@@ -6,8 +6,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from adapters.errors import AdapterRefused, RefusalCode
+from adapters.key_roles import read_keys
 from adapters.module_names import BaseModules, LinearShape, linears_of, resolve
-from adapters.tensor_names import common_wrapper, read_names
+from adapters.tensor_names import common_wrapper
 
 SHAPE = LinearShape(8, 8)
 
@@ -141,5 +142,5 @@ def test_a_wrapper_is_what_all_names_share(keys: list[str], wrapper: str) -> Non
 
 
 def test_an_adapter_name_inside_is_taken_off() -> None:
-    plain, inside = read_names(["a.lora_A.weight"])[0], read_names(["a.lora_A.default.weight"])[0]
-    assert (plain.module, plain.half) == (inside.module, inside.half) == ("a", "lora_A")
+    plain, inside = read_keys(["a.lora_A.weight"])[0], read_keys(["a.lora_A.default.weight"])[0]
+    assert (plain.module, plain.role.name) == (inside.module, inside.role.name) == ("a", "A")

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from adapters.adapter_extras import NO_EXTRAS
+from adapters.base_parts import FusedPart
 from adapters.errors import AdapterRefused, RefusalCode
+from adapters.module_names import BaseModules, LinearShape
 from adapters.proposal import (
     EmbeddingProposal,
     ExpertProposal,
@@ -389,3 +391,43 @@ def test_what_has_no_place_is_refused_before_data_is_read(
 def test_invocation_tokens_are_kept(tmp_path: Path) -> None:
     ran = run_proposal(tmp_path, Proposal(pairs=(pair(),), invocation_tokens=(3, 1, 3)), of_pair())
     assert ran.extras.invocation_tokens == (3, 1, 3) and ran.extras
+
+
+FUSED = BaseModules(
+    "fused",
+    {"l.qkv": LinearShape(H, 12)},
+    fused={"l.qkv": (FusedPart("q", ((0, 2), (6, 8))), FusedPart("k", ((2, 4), (8, 10))), FusedPart("v", ((4, 6),)))},
+)
+
+
+def test_parts_of_a_fused_linear_are_one_pair_of_it(tmp_path: Path) -> None:
+    tensors = of_pair("l.q", r=2, out_features=4) | of_pair("l.k", r=3, out_features=4)
+    proposal = Proposal(pairs=(pair("l.q"), pair("l.k", r=3, scale=5.0, fold=partial(doubled, by=2.0))))
+    ran = run_proposal(tmp_path, proposal, tensors, base=FUSED)
+    assert list(ran.modules) == ["l.qkv"] and ran.modules["l.qkv"].lora_rank == 5
+    weights, delta = ran.modules["l.qkv"], torch.zeros(12, H)
+    delta[[0, 1, 6, 7]] = 2.0 * tensors["l.q.B"] @ tensors["l.q.A"]
+    delta[[2, 3, 8, 9]] = 5.0 * tensors["l.k.B"] @ (2.0 * tensors["l.k.A"])
+    torch.testing.assert_close(weights.lora_b.T @ weights.lora_a, delta)
+
+
+def test_what_a_part_of_a_fused_linear_cannot_be(tmp_path: Path) -> None:
+    wide = of_pair("l.q", r=2, out_features=5)
+    refused(RefusalCode.SHAPE_MISMATCH, tmp_path, Proposal(pairs=(pair("l.q"),)), wide, base=FUSED)
+    dora = of_pair("l.q", out_features=4) | {"m": torch.ones(4)}
+    proposal = Proposal(pairs=(pair("l.q", magnitude="m"),))
+    refused(RefusalCode.UNSUPPORTED, tmp_path, proposal, dora, base=FUSED, weights=FakeWeights())
+    both = of_pair("l.q", r=40, out_features=4) | of_pair("l.k", r=40, out_features=4)
+    proposal = Proposal(pairs=(pair("l.q", r=40), pair("l.k", r=40)))
+    assert "r=80" in str(refused(RefusalCode.TOO_LARGE, tmp_path, proposal, both, base=FUSED))
+    twice = of_pair("l.q", out_features=4) | of_pair("l.qkv", out_features=12)
+    proposal = Proposal(pairs=(pair("l.q"), pair("l.qkv")))
+    refused(RefusalCode.AMBIGUOUS_LAYOUT, tmp_path, proposal, twice, base=FUSED)
+
+
+def test_a_pair_of_a_router_stands_under_its_name(tmp_path: Path) -> None:
+    base = replace(BASE, routers={"model.gate": LinearShape(H, 4)})
+    tensors = of_pair("model.gate", out_features=4) | of_pair()
+    ran = run_proposal(tmp_path, Proposal(pairs=(pair(), pair("model.gate"))), tensors, base=base)
+    assert set(ran.modules) == {Q, "model.gate"}
+    assert torch.equal(ran.modules["model.gate"].lora_a, tensors["model.gate.A"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -250,8 +251,10 @@ def test_no_config_raises_anything_but_a_refusal(peft_type: str | None, fields: 
         del fields["alpha"]
     try:
         recipe = read_recipe(json.dumps(fields).encode())
+        scale = recipe.scales.scale_of("model.layers.0.self_attn.q_proj") if recipe.method == "lora" else 1.0
     except AdapterRefused as refused:
         assert str(refused).isprintable()
         assert refused.feature
         return
+    assert math.isfinite(scale)
     assert hash(recipe) == hash(recipe) and recipe.canonical().isascii()

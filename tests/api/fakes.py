@@ -21,6 +21,7 @@ class FakeInfo:
     model_type: str = "llama"
     max_model_len: int = 256
     vocab_size: int = 401
+    num_embeddings: int = 448
     eos_token_ids: frozenset[int] = frozenset({1})
     device: str = "cpu"
     dtype: str = "float32"

@@ -65,12 +65,12 @@ async def test_a_load_is_acknowledged_at_once_and_durable(tmp_path: Path, monkey
 async def test_who_does_not_wait_finds_the_failure_in_the_description(tmp_path: Path) -> None:
     async with adapter_world(tmp_path) as world:
         folder = world.adapter("a")
-        write_config(Path(folder), {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_dora": True})
+        write_config(Path(folder), {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "layer_replication": [[0, 2]]})
         assert (await world.client.post("/v1/adapters", json={"name": "sql", "source": folder})).status_code == 202
         await world.settle()
         failed = (await world.client.get("/v1/adapters/sql")).json()
         assert (failed["state"], failed["version"], failed["source"]) == ("failed", None, folder)
-        assert failed["failure"]["code"] == "adapter_unsupported" and "use_dora" in failed["failure"]["why"]
+        assert failed["failure"]["code"] == "adapter_unsupported" and "layer_replication" in failed["failure"]["why"]
         status, error = await world.refused("POST", "/v1/completions", json=ASK)
         assert (status, error["code"]) == (400, "adapter_failed")
         assert (await world.client.delete("/v1/adapters/sql")).json()["version"] is None

@@ -70,13 +70,13 @@ async def test_delete_of_one_of_two_names_drains_nothing(tmp_path: Path) -> None
 async def test_refusal_says_what_and_why(tmp_path: Path) -> None:
     async with adapter_world(tmp_path) as world:
         folder = world.adapter("a")
-        write_config(Path(folder), {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_dora": True})
+        write_config(Path(folder), {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "layer_replication": [[0, 2]]})
         status, body = await post(world, name="sql", source=folder)
         error = body["error"]
         assert status == 400
         assert error.keys() == {"message", "type", "param", "code", "feature", "tensor", "why", "fix"}
         assert error["code"] == "adapter_unsupported"
-        assert "use_dora" in error["feature"]
+        assert "layer_replication" in error["feature"]
         assert error["fix"] and error["why"] in error["message"]
         assert num_errors(world, 400, "adapter_unsupported") == 1
 

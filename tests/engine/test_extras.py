@@ -1,113 +1,38 @@
 """Adapters with extras through the whole engine: chunked prompts, decode rows, preemption, recorded steps."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers as hf
-from torch import Tensor, nn
 
 from adapters.adapter_ref import AdapterVersion
 from adapters.ops import bf16_dot, cpu, cpu_affine
 from adapters.step_features import RECORDABLE, StepFeature
-from server.engine.base_model import BaseModel, load_base_model
 from server.engine.recorded_runner import RecordedRunner
-from tests.adapters.drawn_extras import KINDS, Draw, oracle, parts_of, untied
+from tests.adapters.drawn_extras import KINDS, oracle, parts_of, untied
+from tests.engine.extras_world import (
+    CHUNKS,
+    HEAD_MAJOR,
+    ONES,
+    Uses,
+    chosen,
+    draw_all,
+    known_parts_of_every_base,
+    prompt,
+    saved,
+    serve,
+    wanted,
+)
 from tests.equivalence import harness as harnesses
-from tests.equivalence import oracle as peft_oracle
-from tests.equivalence.architectures import CONFIGS, build
+from tests.equivalence.architectures import build
 from tests.equivalence.harness import EngineHarness, Squeeze
 
-SIZE = {
-    "vocab_size": 128, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
-    "num_key_value_heads": 4, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-HEAD_MAJOR: dict[str, Any] = {  # norms of queries in heads, after these were put before the tokens
-    "phi": lambda: hf.PhiConfig(**SIZE, qk_layernorm=True),
-    "gemma3": lambda: hf.Gemma3TextConfig(**{**SIZE, "num_key_value_heads": 2}, head_dim=16, sliding_window=8),
-    "cohere": lambda: hf.CohereConfig(**SIZE, use_qk_norm=True, logit_scale=0.5),
-}
+__all__ = ["known_parts_of_every_base"]
+pytestmark = pytest.mark.usefixtures("known_parts")
+
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gpt2", *HEAD_MAJOR)
-CHUNKS = Squeeze(max_num_batched_tokens=9, max_num_seqs=20, block_size=4)
-
-
-@pytest.fixture(autouse=True)
-def known_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The base's parts as these tests name them."""
-
-    def load(*args: Any) -> BaseModel:
-        base = load_base_model(*args)
-        parts = parts_of(base.model)
-        found = replace(base.modules, norms=parts.norms, embedding=parts.embedding, head=parts.head)
-        return replace(base, modules=found)
-
-    monkeypatch.setattr(harnesses, "load_base_model", load)
-    for name, config in HEAD_MAJOR.items():
-        monkeypatch.setitem(CONFIGS, name, config)
-
-
-def saved(architecture: str, folder: Path) -> Path:
-    model = build(architecture).requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if "norm" in name or "ln_" in name:
-            parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.3
-    model.save_pretrained(folder)
-    return folder
-
-
-def prompt(number: int) -> list[int]:
-    length = 1 + 7 * number % 23
-    return torch.randint(0, 120, (length,), generator=torch.Generator().manual_seed(number)).tolist()
-
-
-Uses = Sequence[tuple[str, float]]
-
-
-def draw_all(folder: Path, dtype: torch.dtype, kinds: Sequence[str]) -> tuple[nn.Module, dict[str, Any]]:
-    """The stock model and one adapter of each kind."""
-    stock = peft_oracle.fresh_base(folder, dtype).requires_grad_(False)
-    base = parts_of(stock)
-    return stock, {kind: KINDS[kind](Draw(stock, base, list(KINDS).index(kind))) for kind in kinds}
-
-
-def serve(
-    folder: Path, dtype: str, adapters: dict[str, Any], requests: dict[str, Uses], squeeze: Squeeze, **options: Any
-) -> EngineHarness:
-    """Four at first, and one more every other step, so that prompts are cut at many places."""
-    harness = EngineHarness.open(folder, dtype, squeeze, **options)
-    for adapter in adapters.values():
-        harness.engine.load_adapter(adapter)
-    for number, (name, uses) in enumerate(requests.items()):
-        found = [harness.use(adapters[kind].version, weight) for kind, weight in uses]
-        number = sum(map(ord, name))  # the same whoever is served beside it
-        harness.add(name, prompt(number), *sorted(found, key=lambda use: use.version), max_tokens=6 + number % 5)
-        if len(harness.requests) >= 4:
-            harness.engine_step()
-            harness.engine_step()
-    harness.run()
-    return harness
-
-
-def wanted(stock: nn.Module, adapters: dict[str, Any], uses: Uses, harness: EngineHarness, name: str) -> Tensor:
-    """Logits [num_output_tokens, columns] of one forward pass over the prompt and what was sampled."""
-    base = parts_of(stock)
-    model: Any = oracle(stock, base, [(adapters[kind], weight) for kind, weight in uses]) if uses else stock
-    ids = [*harness.requests[name].prompt_token_ids, *harness.tokens(name)]
-    with torch.inference_mode():
-        out: Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-    return out[len(harness.requests[name].prompt_token_ids) - 1 : -1]
-
-
-def chosen(harness: EngineHarness, name: str) -> Tensor:
-    """[num_output_tokens, columns]: those that all its steps have, since one with a wider row beside it has more."""
-    rows = [harness.logits[name][i] for i in range(len(harness.logits[name]))]
-    return torch.stack([row[: min(map(len, rows))] for row in rows])
-
-
-ONES: dict[str, Uses] = {kind: [(kind, 1.0)] for kind in KINDS}
 MIXED: dict[str, Uses] = {
     **ONES,
     "half": [("dora", 0.5)],
@@ -175,10 +100,37 @@ def test_rows_that_move_take_their_extras_along(tmp_path: Path) -> None:
     assert not harness.engine.adapters.layers.extras.starts
 
 
+@pytest.mark.parametrize("keeps_logits", [True, False])
+def test_prompt_logprobs_are_the_adapter_s(keeps_logits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the head that are prompts', in any order among those that sample; some models compute all tokens'."""
+    folder = saved("llama", tmp_path)
+    load = harnesses.load_base_model
+    monkeypatch.setattr(harnesses, "load_base_model", lambda *args: replace(load(*args), keeps_logits=keeps_logits))
+    stock, adapters = draw_all(folder, torch.float32, ["head_lora", "wider", "dora"])
+    harness = EngineHarness.open(folder, "float32", CHUNKS)
+    for kind, adapter in adapters.items():
+        harness.engine.load_adapter(adapter)
+        harness.add(kind, prompt(2), adapter.version, prompt_logprobs=1, max_tokens=3)
+        harness.add(f"{kind} quiet", prompt(3), adapter.version, max_tokens=4)
+        harness.engine_step()
+    harness.run()
+    for kind in ("head_lora", "dora"):
+        model: Any = oracle(stock, parts_of(stock), [(adapters[kind], 1.0)])
+        with torch.inference_mode():
+            want = model(input_ids=torch.tensor([prompt(2)]), use_cache=False).logits[0].log_softmax(-1)
+        found = next(output.prompt_logprobs for output in harness.outputs[kind] if output.prompt_logprobs)
+        for position, logprob in enumerate(found[1:], start=1):
+            assert logprob is not None
+            assert logprob.logprob == pytest.approx(float(want[position - 1, logprob.token_id]), abs=1e-4)
+    for kind in adapters:
+        want = wanted(stock, adapters, [(kind, 1.0)], harness, kind)
+        got = chosen(harness, kind)
+        columns = min(got.shape[1], want.shape[1])
+        torch.testing.assert_close(got[:, :columns], want[:, :columns], rtol=0, atol=1e-5 * float(want.abs().max()))
+
+
 RECORDED = ["plain", "dora", "dora_and_bias", "norms", "embedding_lora", "embedding_rows", "head_lora", "full_copies"]
-pytestmark_recorded = pytest.mark.skipif(
-    not bf16_dot.is_supported(), reason="steps are recorded where our products are"
-)
+where_recorded = pytest.mark.skipif(not bf16_dot.is_supported(), reason="steps are recorded where our products are")
 
 
 def in_bf16(adapters: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +151,7 @@ def in_bf16(adapters: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-@pytestmark_recorded
+@where_recorded
 def test_recorded_steps_have_the_bits_of_the_model_s_own_code(tmp_path: Path) -> None:
     folder = saved("llama", tmp_path)
     _, adapters = draw_all(folder, torch.bfloat16, RECORDED)
@@ -223,7 +175,7 @@ def test_recorded_steps_have_the_bits_of_the_model_s_own_code(tmp_path: Path) ->
         assert torch.equal(recorded.chosen_logits(name), eager.chosen_logits(name)), name
 
 
-@pytestmark_recorded
+@where_recorded
 @pytest.mark.parametrize("kind", RECORDED)
 def test_a_row_has_the_same_bits_alone_and_in_company(kind: str, tmp_path: Path) -> None:
     folder = saved("llama", tmp_path)
@@ -237,7 +189,7 @@ def test_a_row_has_the_same_bits_alone_and_in_company(kind: str, tmp_path: Path)
     assert torch.equal(together.chosen_logits(kind), alone.chosen_logits(kind))
 
 
-@pytestmark_recorded
+@where_recorded
 def test_a_recorded_step_of_plain_adapters_has_no_more_kernels_than_before(tmp_path: Path) -> None:
     """One LoRA call a group, and none of the affine operation, though adapters with extras are resident."""
     folder = saved("llama", tmp_path)

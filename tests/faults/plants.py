@@ -5,6 +5,7 @@ They patch classes, so that what runs already is broken too. Knows nothing of ho
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -147,7 +148,8 @@ def replacement_mutates_what_runs(patch: pytest.MonkeyPatch) -> None:
             if old is not None and old.lora_rank == model.lora_rank:
                 start = self.pool.range_of(version).start
                 self.layers.write(start, model)
-                self.layers._written[start] = old  # the slot still has the name it had
+                # The slot still has the name it had.
+                self.layers._written[start] = replace(self.layers._written[start], model=old)
         load(self, model)
 
     patch.setattr(AdapterResidency, "load", in_place)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from adapters import run_plan
+from adapters.applied_extras import AppliedExtras
 from adapters.checkpoint import load_lora_model
 from adapters.errors import AdapterRefused, RefusalCode
 from adapters.lora_layers import LoRALayers
@@ -177,9 +178,9 @@ def test_vllm_33791_an_adapter_is_loaded_again_in_every_step(
     copies: list[str] = []
     write = LoRALayers.write
 
-    def counting(self: LoRALayers, start: int, model: LoRAModel) -> None:
+    def counting(self: LoRALayers, start: int, model: LoRAModel, extras: AppliedExtras | None = None) -> None:
         copies.append(model.version)
-        write(self, start, model)
+        write(self, start, model, extras)
 
     monkeypatch.setattr(LoRALayers, "write", counting)
 

@@ -177,6 +177,17 @@ def test_check_prints_the_verdict(tiny_model: Path, tiny_adapter: Path, capsys: 
     assert "4 of 14: q_proj x 2, v_proj x 2" in out
 
 
+def test_check_reads_the_base_s_weights_where_an_adapter_needs_them(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    config = LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(tmp_path)
+    assert run(["check", str(tmp_path), "--model", str(tiny_model)]) == 0
+    out = capsys.readouterr().out
+    assert "features  dora" in out and "gains     2, " in out
+
+
 def test_check_as_json(tiny_model: Path, tiny_adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["check", str(tiny_adapter), "--model", str(tiny_model), "--json"]) == 0
     verdict = json.loads(capsys.readouterr().out)

@@ -2,6 +2,9 @@
 
 import json
 import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +141,108 @@ def test_a_format_that_is_not_there_is_not_made_up(
 ) -> None:
     assert _convert(pickled, tmp_path / "out", "--model", base, "--format", "pissa") == 1
     assert "is peft-pickle" in capsys.readouterr().err
+
+
+# The other formats, as they are typed.
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    torch.save(tensors, path)
+    return path
+
+
+def _layer(module: str, *names: str, r: int = 3, out: int = 80, width: int = 48) -> dict[str, torch.Tensor]:
+    torch.manual_seed(2)
+    lora_a, lora_b = torch.randn(r, width) * 0.1, torch.randn(out, r) * 0.1
+    return {f"{module}.{names[0]}": lora_a, f"{module}.{names[1]}": lora_b}
+
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+def test_a_loralib_checkpoint_needs_its_alpha(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = _save(tmp_path / "lora.pt", _layer(UP, "lora_A", "lora_B"))
+    assert _convert(source, tmp_path / "out", "--model", base) == 1
+    assert "give the --alpha" in capsys.readouterr().err
+    assert _convert(source, tmp_path / "out", "--model", base, "--alpha", "12", "--rank", "3", "--json") == 0
+    report = _json(capsys)
+    assert (report["format"], report["out"]) == ("loralib", str(tmp_path / "out"))
+    assert report["error"]["max"] < 1e-6 and list(report["error"]["by_module"]) == [UP]
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    lora_b = torch.load(source)[f"{UP}.lora_B"]
+    assert torch.allclose(written[f"base_model.model.{UP}.lora_B.weight"], 4 * lora_b)
+
+
+def test_merged_slices_are_typed_as_true_and_false(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layer = _layer(UP, "lora_A", "lora_B", r=4, out=40)  # one of two slices
+    source = _save(tmp_path / "lora.pt", layer)
+    arguments = (source, tmp_path / "out", "--model", base, "--alpha", "4", "--enable-lora")
+    assert _convert(*arguments, "true,maybe") == 1
+    assert "takes true and false" in capsys.readouterr().err
+    assert _convert(*arguments, "False, true") == 0
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")[f"base_model.model.{UP}.lora_B.weight"]
+    assert written[:40].abs().max() == 0 and torch.equal(written[40:], layer[f"{UP}.lora_B"])
+
+
+def test_pairs_are_told_by_a_map(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = _save(tmp_path / "pairs.pt", _layer(UP, "V", "U"))
+    (tmp_path / "map.json").write_text('{"u": "{module}.U", "v": "{module}.V", "scale": 2}')
+    assert _convert(source, tmp_path / "out", "--model", base) == 1
+    assert "need --map" in capsys.readouterr().err
+    assert _convert(source, tmp_path / "out", "--model", base, "--map", tmp_path / "map.json") == 0
+    assert "(pairs), 1 modules" in capsys.readouterr().out
+    (tmp_path / "map.json").write_text('{"u": 1, "u": 2}')
+    assert _convert(source, tmp_path / "other", "--model", base, "--map", tmp_path / "map.json") == 1
+    assert "stands twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_changed_its_base_is_served_after_the_conversion(
+    init: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_adapter(base, tmp_path / "in", target_modules=TARGETS, init_lora_weights=init)
+    assert run(["check", str(tmp_path / "in"), "--model", str(base)]) == 1
+    assert _convert(tmp_path / "in", tmp_path / "out", "--model", base, "--format", init) == 0
+    assert run(["check", str(tmp_path / "out"), "--model", str(base)]) == 0
+    said = capsys.readouterr().out
+    assert f"({init}), 6 modules in float32" in said and "rank 8" in said
+    assert_same_logits(base, tmp_path / "in", tmp_path / "out")
+
+
+def test_what_the_loader_would_refuse_leaves_no_pickle_behind(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Payload:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {tmp_path / 'it-ran'}",)
+
+    torch.save({"a": Payload()}, tmp_path / "bad.bin")
+    assert _convert(tmp_path / "bad.bin", tmp_path / "out", "--model", base) == 1
+    said = capsys.readouterr().err
+    assert "posix.system" in said and said.count("\n") == 1
+    assert os.listdir(tmp_path) == ["bad.bin"]
+
+
+def test_progress_is_shown_on_a_terminal(base: Path, tmp_path: Path) -> None:
+    save_adapter(base, tmp_path / "in", target_modules=TARGETS, init_lora_weights="pissa")
+    command = [sys.executable, "-m", "server", "convert", tmp_path / "in", tmp_path / "out", "--model", base]
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        shown = "".join(iter(lambda: _read_terminal(ours), ""))
+    os.close(ours)
+    assert process.returncode == 0
+    for stage in ("reading", "decomposing", "comparing", "checking"):
+        assert stage in shown
+    assert "0/6" in shown
+
+
+def _read_terminal(descriptor: int) -> str:
+    """What is shown next; nothing once the other side is closed, which Linux says by EIO."""
+    try:
+        return os.read(descriptor, 1 << 12).decode(errors="replace")
+    except OSError:
+        return ""

@@ -22,6 +22,7 @@ _INFO = EngineInfo(
     model_type="llama",
     max_model_len=2048,
     vocab_size=64,
+    num_embeddings=64,
     dtype=torch.bfloat16,
     device="cpu",
     eos_token_ids=frozenset({2}),

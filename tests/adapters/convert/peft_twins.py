@@ -1,12 +1,11 @@
 """Tiny random bases on disk, adapters that PEFT made on them, and what PEFT computes with a folder."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 LLAMA = {
@@ -15,8 +14,6 @@ LLAMA = {
 }  # fmt: skip
 GPT2 = {"vocab_size": 96, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 80}
 PROMPT = torch.arange(3, 35).view(2, 16)
-
-Touch = Callable[[str, nn.Parameter], None]
 
 
 def save_base(folder: Path, kind: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
@@ -34,16 +31,14 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def save_adapter(
-    base: Path, folder: Path, *, safe: bool = True, seed: int = 1, touch: Touch | None = None, **config: Any
+    base: Path, folder: Path, *, safe: bool = True, seed: int = 1, moved: float = 0.05, **config: Any
 ) -> Path:
     """An adapter PEFT made on `base` and that was "trained": everything trainable has moved, B too."""
     torch.manual_seed(seed)
     model = get_peft_model(load_base(base), LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **config}))
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data.add_(torch.randn_like(parameter) * 0.05)
-            if touch is not None:
-                touch(name, parameter)
+            parameter.data.add_(torch.randn_like(parameter) * moved)
     model.save_pretrained(folder, safe_serialization=safe)
     return folder
 

@@ -1,0 +1,125 @@
+"""Places pairs of fused experts: sides, ranks and shapes settled against the base's experts, before data is read.
+
+Knows nothing of names (placement.py resolves them) or of open files.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from adapters.base_parts import ExpertsShape
+from adapters.errors import AdapterRefused, RefusalCode
+from adapters.expert_layout import ASide, ProductShape, Projection, product_of, side_of_a
+from adapters.module_names import BaseModules
+from adapters.proposal import ExpertProposal
+from adapters.refusals import EXPERT_LAYOUT
+from adapters.safetensors_header import TensorEntry
+
+Entries = Mapping[str, TensorEntry]
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedExperts:
+    """One pair of the fused experts `module`: of a parameter, `side` being where A stands, or of one expert's
+    projection, where A stands on the input."""
+
+    module: str
+    pair: ExpertProposal
+    side: ASide
+
+    @property
+    def is_down(self) -> bool:
+        return self.pair.parameter in ("down_proj", "down")
+
+    @property
+    def projection(self) -> Projection:
+        """Of one expert."""
+        return cast(Projection, self.pair.parameter)
+
+
+def place_experts(
+    proposals: Sequence[ExpertProposal],
+    modules: Mapping[str, str],
+    entries: Entries,
+    base: BaseModules,
+    *,
+    max_lora_rank: int,
+) -> tuple[PlacedExperts, ...]:
+    """`modules`: source → name in the base. Raises AdapterRefused."""
+    placed = []
+    for pair in proposals:
+        module = modules[pair.source]
+        if module not in base.experts:
+            why = f"{module} of the base does not keep its experts in one tensor"
+            raise AdapterRefused(
+                RefusalCode.UNSUPPORTED, why, "Target linear modules only", feature="experts", tensor=pair.inputs[0]
+            )
+        if pair.lora_rank > max_lora_rank:
+            why = f"the experts have r={pair.lora_rank}, over max_lora_rank={max_lora_rank}"
+            fix = f"Restart with --max-lora-rank {pair.lora_rank} or more"
+            raise AdapterRefused(RefusalCode.TOO_LARGE, why, fix, feature="max_lora_rank", tensor=pair.inputs[0])
+        placed.append(_place(pair, module, base.experts[module], entries))
+    _check_whole(placed)
+    return tuple(placed)
+
+
+def _place(pair: ExpertProposal, module: str, experts: ExpertsShape, entries: Entries) -> PlacedExperts:
+    lora_a, lora_b = (entries[name] for name in pair.inputs)
+    if pair.form == "single":
+        return _place_single(pair, module, experts, lora_a, lora_b)
+    is_down = pair.parameter == "down_proj"
+    product = product_of(experts, is_down=is_down)
+    wanted_rows = experts.num_experts * pair.lora_rank
+    if lora_a.shape[0] != wanted_rows:
+        raise _mismatch(lora_a, f"{module}.{pair.parameter} needs {experts.num_experts} experts of r={pair.lora_rank}")
+    try:
+        side = side_of_a(lora_a.shape[1], product, is_transposed=experts.is_transposed, peft_version=pair.peft_version)
+    except ValueError as error:
+        raise _mismatch(lora_a, str(error)) from error
+    if side is None:
+        why = f"{module}.{pair.parameter} is square, and the config does not say which PEFT wrote the pair"
+        raise EXPERT_LAYOUT.error(feature="peft_version", tensor=lora_a.name, why=why)
+    other = product.out_features if side == "input" else product.in_features
+    _require(lora_b, (other, wanted_rows), f"{module}.{pair.parameter}")
+    return PlacedExperts(module, pair, side)
+
+
+def _place_single(
+    pair: ExpertProposal, module: str, experts: ExpertsShape, lora_a: TensorEntry, lora_b: TensorEntry
+) -> PlacedExperts:
+    where = f"{module}.{pair.expert} ({pair.parameter})"
+    assert pair.expert is not None
+    if pair.expert >= experts.num_experts:
+        why = f"{module} of the base has {experts.num_experts} experts, and the tensor is of number {pair.expert}"
+        raise AdapterRefused(
+            RefusalCode.WRONG_BASE, why, "Serve the base the adapter was trained on", tensor=lora_a.name
+        )
+    product = product_of(experts, is_down=pair.parameter == "down")
+    half = ProductShape(product.in_features, product.out_features // (1 if pair.parameter == "down" else 2))
+    _require(lora_a, (pair.lora_rank, half.in_features), where)
+    _require(lora_b, (half.out_features, pair.lora_rank), where)
+    return PlacedExperts(module, pair, "input")
+
+
+def _check_whole(placed: Sequence[PlacedExperts]) -> None:
+    """One module is adapted as a whole or expert by expert, not both."""
+    forms: dict[tuple[str, bool], str] = {}
+    for each in placed:
+        kind = "single" if each.pair.form == "single" else "fused"
+        if forms.setdefault((each.module, each.is_down), kind) != kind:
+            why = f"{each.module} has pairs of single experts and of all together"
+            raise EXPERT_LAYOUT.error(feature="experts", tensor=each.pair.inputs[0], why=why)
+
+
+def _require(entry: TensorEntry, wanted: tuple[int, int], where: str) -> None:
+    if entry.shape != wanted:
+        raise _mismatch(entry, f"{where} needs {list(wanted)}")
+
+
+def _mismatch(entry: TensorEntry, why: str) -> AdapterRefused:
+    return AdapterRefused(
+        RefusalCode.SHAPE_MISMATCH,
+        f"the tensor is {list(entry.shape)}; {why}",
+        "Serve the base the adapter was trained on, or correct r",
+        tensor=entry.name,
+    )

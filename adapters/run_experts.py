@@ -1,0 +1,50 @@
+"""Computes pairs of fused experts from tensors that have been read. Knows nothing of files or of the base's weights."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from adapters.adapter_extras import ExpertPair, ExpertPairs
+from adapters.base_parts import ExpertsShape
+from adapters.expert_layout import BLayout, Projection, fused_pair, joined
+from adapters.place_experts import PlacedExperts
+
+Ready = Callable[[Tensor, str], Tensor]
+"""(tensor, name of one it was made from) → as computed with, finite; raises AdapterRefused."""
+
+
+def run_experts(
+    placed: Sequence[PlacedExperts],
+    shapes: Mapping[str, ExpertsShape],
+    read: Callable[[str], Tensor],
+    ready: Ready,
+) -> dict[str, ExpertPairs]:
+    """experts module → its pairs. `read` gives a stored tensor in float32."""
+    of_product: defaultdict[tuple[str, bool], list[PlacedExperts]] = defaultdict(list)
+    for each in placed:
+        of_product[each.module, each.is_down].append(each)
+    pairs: dict[str, dict[bool, ExpertPair]] = {}
+    for (module, is_down), some in of_product.items():
+        made = _made(some, shapes[module], read, is_down=is_down)
+        names = some[0].pair.inputs
+        pairs.setdefault(module, {})[is_down] = ExpertPair(ready(made.a, names[0]), ready(made.b, names[1]))
+    return {module: ExpertPairs(gate_up=of.get(False), down=of.get(True)) for module, of in sorted(pairs.items())}
+
+
+def _made(
+    some: Sequence[PlacedExperts], shape: ExpertsShape, read: Callable[[str], Tensor], *, is_down: bool
+) -> ExpertPair:
+    if some[0].pair.form == "single":
+        parts: dict[tuple[int, Projection], tuple[Tensor, Tensor, float]] = {}
+        for each in some:
+            assert each.pair.expert is not None
+            lora_a, lora_b = (read(name) for name in each.pair.inputs)
+            parts[each.pair.expert, each.projection] = (lora_a, lora_b, each.pair.scale)
+        return joined(parts, shape, is_down=is_down)
+    (each,) = some
+    lora_a, lora_b = (read(name) for name in each.pair.inputs)
+    layout: BLayout = "rank_major" if each.pair.form == "rank_major" else "grouped_by_expert"
+    return fused_pair(
+        lora_a, lora_b, num_experts=shape.num_experts, side=each.side, layout=layout, scale=each.pair.scale
+    )

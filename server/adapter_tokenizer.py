@@ -1,0 +1,97 @@
+"""Tokenizers and chat templates that adapters bring themselves, made of bytes alone.
+
+Neither a class named in a file nor any code of one is run: `tokenizer.json` is read by the Rust library, of
+`tokenizer_config.json` only the special tokens and the template are taken, and templates are rendered in transformers'
+sandbox as the base's is. What an adapter does not bring is the base's. Knows nothing of requests or weights.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from adapters.adapter_ref import AdapterVersion
+from adapters.untrusted_json import parse_object, shown
+from server.tokenizer import Tokenizer, TokenizerNotLoaded
+
+MAX_KEPT = 16  # a large one takes some 50 MB and half a second to make
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_CONFIG, _TOKENIZER, _TEMPLATE = "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"
+
+
+class AdapterTokenizers:
+    """The tokenizers of the versions that were asked for last; lives on the event loop."""
+
+    def __init__(self, base: Tokenizer, *, max_kept: int = MAX_KEPT) -> None:
+        self._base = base
+        self._max_kept = max_kept
+        self._made: OrderedDict[AdapterVersion, asyncio.Task[Tokenizer]] = OrderedDict()
+
+    async def get(self, version: AdapterVersion, files: Mapping[str, bytes]) -> Tokenizer:
+        """The version's, made once in a thread however many ask. Raises TokenizerNotLoaded."""
+        task = self._made.get(version)
+        if task is None:
+            task = self._made[version] = asyncio.create_task(asyncio.to_thread(tokenizer_of, files, self._base))
+            task.add_done_callback(lambda done: self._forget_failed(version, done))
+        self._made.move_to_end(version)
+        while len(self._made) > self._max_kept:
+            self._made.popitem(last=False)
+        return await asyncio.shield(task)  # whoever leaves takes it from nobody else
+
+    def _forget_failed(self, version: AdapterVersion, done: "asyncio.Task[Tokenizer]") -> None:
+        failed = done.cancelled() or done.exception() is not None
+        if failed and self._made.get(version) is done:
+            del self._made[version]
+
+    def __contains__(self, version: object) -> bool:
+        return version in self._made
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
+def tokenizer_of(files: Mapping[str, bytes], base: Tokenizer) -> Tokenizer:
+    """The tokenizer in `files`, or the base's with the template in `files`. Raises TokenizerNotLoaded."""
+    try:
+        return _made_of(files, base)
+    except Exception as error:  # what the Rust library raises has no class of its own
+        raise TokenizerNotLoaded(
+            f"the tokenizer that the adapter brings cannot be read: {shown(str(error))}"
+        ) from error
+
+
+def _made_of(files: Mapping[str, bytes], base: Tokenizer) -> Tokenizer:
+    config = parse_object(files[_CONFIG], what=_CONFIG) if _CONFIG in files else {}
+    template = _template(files, config) or base.chat_template
+    if _TOKENIZER not in files:
+        return base.with_chat_template(template)
+    fast = tokenizers.Tokenizer.from_str(files[_TOKENIZER].decode())
+    hf = PreTrainedTokenizerFast(tokenizer_object=fast, clean_up_tokenization_spaces=False, **_special_tokens(config))
+    hf.chat_template = template
+    return Tokenizer(hf)
+
+
+def _template(files: Mapping[str, bytes], config: Mapping[str, Any]) -> str | None:
+    """As transformers chooses: the file, else the config's one, or that named default of several."""
+    if _TEMPLATE in files:
+        return files[_TEMPLATE].decode()
+    found = config.get("chat_template")
+    if isinstance(found, list):
+        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    found = {name: _content(config.get(name)) for name in _SPECIAL_TOKENS}
+    return {name: token for name, token in found.items() if token is not None}
+
+
+def _content(token: Any) -> str | None:
+    """A token is written as text, or as an object that holds it."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None

@@ -1,0 +1,141 @@
+"""Tokenizers made of an adapter's bytes: what is taken from them, what is the base's, and how long they are kept."""
+
+import asyncio
+import json
+import threading
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as FastTokenizer
+
+from adapters.adapter_ref import AdapterVersion
+from server import adapter_tokenizer
+from server.adapter_tokenizer import AdapterTokenizers, tokenizer_of
+from server.tokenizer import Tokenizer, TokenizerNotLoaded
+from tests.server.fakes import byte_fallback_tokenizer, byte_level_tokenizer, slow_tokenizer
+
+HELLO = [{"role": "user", "content": "hello"}]
+TEMPLATE = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{{ eos_token }}"
+
+
+def files_with(*added: str, config: dict[str, Any] | None = None, template: str | None = None) -> dict[str, bytes]:
+    """The base's tokenizer with more tokens, as the bytes of an adapter's folder."""
+    base = byte_level_tokenizer().fast
+    assert base is not None
+    fast = FastTokenizer.from_str(base.to_str())
+    fast.add_tokens([AddedToken(token, special=True) for token in added])
+    files = {"tokenizer.json": fast.to_str().encode()}
+    if config is not None:
+        files["tokenizer_config.json"] = json.dumps(config).encode()
+    if template is not None:
+        files["chat_template.jinja"] = template.encode()
+    return files
+
+
+def made(**options: Any) -> Tokenizer:
+    return tokenizer_of(files_with("<|tool|>", **options), byte_level_tokenizer())
+
+
+def test_its_own_tokens_and_special_tokens() -> None:
+    base = byte_level_tokenizer()
+    own = made(config={"eos_token": {"content": "<|tool|>", "special": True}, "bos_token": "<|start|>", "pad_token": 3})
+    assert own.max_id == base.max_id + 1
+    assert own.encode("a<|tool|>") == [*base.encode("a"), own.max_id]
+    assert own.token_bytes(own.max_id) == b"<|tool|>" and base.token_bytes(own.max_id) == b""
+    assert own.eos_token_ids == {own.max_id} and base.eos_token_ids == {1}
+    assert own.max_id in own.special_ids
+    assert own.decode([*base.encode("a"), own.max_id]) == "a"
+
+
+def test_its_template_or_the_bases() -> None:
+    base = byte_level_tokenizer()
+    by_file = made(config={"eos_token": "<|end|>", "chat_template": "no"}, template=TEMPLATE)
+    by_config = made(config={"eos_token": "<|end|>", "chat_template": TEMPLATE})
+    by_name = made(
+        config={
+            "eos_token": "<|end|>",
+            "chat_template": [{"name": "rag", "template": "no"}, {"name": "default", "template": TEMPLATE}],
+        }
+    )
+    for own in (by_file, by_config, by_name):
+        assert own.decode(own.apply_chat_template(HELLO), skip_special_tokens=False) == "[hello]<|end|>"
+    without = made(config={"eos_token": "<|end|>"})
+    assert without.apply_chat_template(HELLO) == base.apply_chat_template(HELLO)
+
+
+@pytest.mark.parametrize("make", [byte_level_tokenizer, byte_fallback_tokenizer, slow_tokenizer])
+def test_a_template_alone_leaves_the_bases_tokenizer(make: Any) -> None:
+    base = make()
+    before = base.chat_template
+    own = tokenizer_of({"chat_template.jinja": b"<{{ messages[0]['content'] }}>"}, base)
+    text = own.decode(own.apply_chat_template(HELLO), skip_special_tokens=False)
+    assert text.strip() == "<hello>"
+    assert base.chat_template == before and own.max_id == base.max_id
+    assert tokenizer_of({"added_tokens.json": b"{}"}, base) is base or own.fast is base.fast
+
+
+def test_no_class_and_no_code_is_taken_from_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {
+        "tokenizer_class": "os.system", "auto_map": {"AutoTokenizer": ["evil--tokenizer.Evil", None]},
+        "backend_tokenizer": 3, "tokenizer_file": "/etc/passwd", "name_or_path": "/etc", "model_max_length": 10**30,
+        "eos_token": "<|end|>", "extra_special_tokens": {"x": "y"}, "chat_template": 3,
+    }  # fmt: skip
+    own = made(config=config)
+    assert own.eos_token_ids == {1} and own.encode("a") == byte_level_tokenizer().encode("a")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer.json": b"{}"},
+        {"tokenizer.json": b"not json"},
+        {"tokenizer.json": b"\xff\xfe"},
+        {"tokenizer_config.json": b"[1]"},
+        {"tokenizer_config.json": b'{"eos_token": "a", "eos_token": "b"}'},
+        {"chat_template.jinja": b"\xff"},
+    ],
+)
+def test_what_cannot_be_read_is_told(files: dict[str, bytes]) -> None:
+    with pytest.raises(TokenizerNotLoaded, match="that the adapter brings cannot be read"):
+        tokenizer_of(files, byte_level_tokenizer())
+
+
+def version(at: int) -> AdapterVersion:
+    return AdapterVersion(f"{at:064x}")
+
+
+@pytest.mark.asyncio
+async def test_made_once_and_the_oldest_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, num_made, threads = threading.Event(), 0, set()
+
+    def counted(files: Any, base: Tokenizer) -> Tokenizer:
+        nonlocal num_made
+        num_made += 1
+        threads.add(threading.current_thread())
+        assert gate.wait(10)
+        return base
+
+    monkeypatch.setattr(adapter_tokenizer, "tokenizer_of", counted)
+    kept = AdapterTokenizers(byte_level_tokenizer(), max_kept=2)
+    asking = [asyncio.create_task(kept.get(version(0), {})) for _ in range(5)]
+    await asyncio.sleep(0)
+    asking[0].cancel()
+    gate.set()
+    ends = await asyncio.gather(*asking, return_exceptions=True)
+    assert isinstance(ends[0], asyncio.CancelledError) and all(end is byte_level_tokenizer() for end in ends[1:])
+    assert num_made == 1 and threading.main_thread() not in threads
+    await kept.get(version(1), {})
+    await kept.get(version(0), {})
+    await kept.get(version(2), {})
+    assert (version(0) in kept, version(1) in kept, len(kept), num_made) == (True, False, 2, 3)
+
+
+@pytest.mark.asyncio
+async def test_a_failure_is_not_kept() -> None:
+    kept = AdapterTokenizers(byte_level_tokenizer())
+    with pytest.raises(TokenizerNotLoaded):
+        await kept.get(version(0), {"tokenizer.json": b"{}"})
+    await asyncio.sleep(0)
+    assert version(0) not in kept
+    assert (await kept.get(version(0), files_with("<|tool|>"))).max_id == byte_level_tokenizer().max_id + 1

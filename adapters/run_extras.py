@@ -90,7 +90,7 @@ def run_extras(sources: Sources, modules: PackedModules) -> tuple[AdapterExtras,
         sources.floats,
         lambda tensor, name: _ready(tensor, name, sources.dtype),
     )
-    head = HeadAdapter(made.rows.get("head"), made.whole.get("head"), made.head_bias)
+    head = HeadAdapter(made.rows.get("head"), made.whole.get("head"), _head_bias(sources, made))
     has_head = head.rows is not None or head.weight is not None or head.bias is not None
     _name_replaced(sources, made)
     return AdapterExtras(
@@ -107,6 +107,14 @@ def run_extras(sources: Sources, modules: PackedModules) -> tuple[AdapterExtras,
         replaced=frozenset(made.replaced),
         base_print=sources.base().fingerprint if placement.needs_weights else "",
     ), tuple(made.dropped)
+
+
+def _head_bias(sources: Sources, made: _Made) -> Tensor | None:
+    """Where tokens of the head were trained, PEFT computes it without its bias, in training, too."""
+    head = sources.plan.base.head
+    if head is not None and head.has_bias and any(r.part == "head" and r.ids for r in sources.plan.placement.rows):
+        return torch.zeros(head.out_features)
+    return made.head_bias
 
 
 def check_finite(tensor: Tensor, name: str, when: str) -> None:

@@ -7,21 +7,9 @@ from dataclasses import dataclass
 
 from adapters.errors import RefusalCode as Code
 from tests.conformance.models import CONFIGS
-from tests.conformance.traits import Traits, traits
 from tests.conformance.variants import SUMS, VARIANTS, why_not
 
-NOT_YET: dict[str, Code] = dict.fromkeys(
-    """
-    dora dora_bias dora_unsaid lora_bias bias_all bias_lora_only bdlora qalora
-    embed embed_dora head head_dora embed_head embed_tied mts_embed mts_head mts_both mts_tied mts_norm
-    tokens tokens_head vocab_grown vocab_shrunk vocab_grown_tokens
-    alora_never alora_once alora_twice
-    old_bias_keys mlx velora
-    experts experts_rslora experts_grouped experts_down router
-    adalora vera loha delora miss ia3 ln_tuning
-    """.split(),
-    Code.UNSUPPORTED,
-) | dict.fromkeys(["split_fused", "experts_each", "experts_each_rslora"], Code.KEY_UNMATCHED)
+NOT_YET: dict[str, Code] = {}
 """Variant → the code it is refused with until it is served. Take an entry out when its cells pass."""
 
 REFUSED: dict[str, tuple[Code, str]] = {
@@ -37,7 +25,15 @@ ALSO_NEEDS: dict[tuple[str, str], tuple[str, ...]] = {
 }
 """(architecture, variant) → other variants that it comes down to there."""
 
-ALL_LINEAR_OF_WRAPPED = "PEFT takes in the vision tower, which is not run for text"
+TOWERS = (Code.UNSUPPORTED, "on a vision-language model PEFT takes in the tower, which is not run for text")
+ROUTERS = (Code.UNSUPPORTED, "on gpt_oss PEFT takes in the biases of the routers, which are not served")
+_ALL_BIASES = ("bias_all", "dora_bias", "old_bias_keys")
+ELSEWHERE: dict[tuple[str, str], tuple[Code, str]] = {
+    **{(architecture, "all_linear"): TOWERS for architecture in ("qwen2_vl", "qwen2_5_vl", "gemma3_vl", "llava")},
+    **{(architecture, name): TOWERS for architecture in ("qwen2_vl", "qwen2_5_vl") for name in _ALL_BIASES},
+    **{("gpt_oss", name): ROUTERS for name in _ALL_BIASES},
+}
+"""(architecture, variant) → code and reason, for good, of what is served on others."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +55,16 @@ def cell(architecture: str, name: str) -> Cell:
     if reason is not None:
         return Cell(absent=reason)
     parts = [part for part, _ in SUMS[name]] if name in SUMS else [name]
-    codes = [(code, why) for part in parts for code, why in [_refusal(traits(architecture), part)] if code is not None]
+    codes = [(code, why) for part in parts for code, why in [_refusal(architecture, part)] if code is not None]
     return Cell(*codes[0]) if codes else Cell()
 
 
-def _refusal(own: Traits, variant: str) -> tuple[Code | None, str]:
+def _refusal(architecture: str, variant: str) -> tuple[Code | None, str]:
     if variant in REFUSED:
         return REFUSED[variant]
-    if variant == "all_linear" and own.is_wrapped:
-        return Code.UNSUPPORTED, ALL_LINEAR_OF_WRAPPED
-    missing = [each for each in (variant, *ALSO_NEEDS.get((own.architecture, variant), ())) if each in NOT_YET]
+    if (architecture, variant) in ELSEWHERE:
+        return ELSEWHERE[architecture, variant]
+    missing = [each for each in (variant, *ALSO_NEEDS.get((architecture, variant), ())) if each in NOT_YET]
     return (NOT_YET[missing[0]], "not served yet") if missing else (None, "")
 
 

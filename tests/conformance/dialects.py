@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.conformance.making import CONFIG, Adapter, Files, Rewrite, plain
+from tests.conformance.making import CONFIG, Adapter, Files, Rewrite, by_peft, lora, plain
+from tests.conformance.oracle import PeftOracle
 from tests.conformance.traits import Traits
 
 PREFIX = "base_model.model."
@@ -96,6 +97,17 @@ def mlx(files: Files, folder: Path) -> None:
     config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters, "model": "some/base"}
     (folder / CONFIG).write_text(json.dumps(config))
     save_file(tensors, folder / "adapters.safetensors")
+
+
+def tied(traits: Traits, folder: Path) -> Adapter:
+    """`ensure_weight_tying` stores both sides; PEFT's own loader drops the head's where the embedding is not called
+    embed_tokens, so it is judged with both targets written out.
+    """
+    adapter = by_peft(lambda t: lora(t, t.last_embedding, t.last_head, ensure_weight_tying=True))(traits, folder)
+    files, twin = Files.read(folder), folder.with_name(f"{folder.name}-both")
+    targets = {*files.config["target_modules"], traits.last_embedding, traits.last_head}
+    Files({**files.config, "ensure_weight_tying": False, "target_modules": sorted(targets)}, files.tensors).write(twin)
+    return Adapter(adapter.folder, PeftOracle(traits.architecture, twin))
 
 
 def pooled(traits: Traits, folder: Path) -> Adapter:

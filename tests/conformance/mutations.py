@@ -181,10 +181,10 @@ def config(name: str, value: object, names: str | None = None) -> Mutate:
     return mutate
 
 
-def without(name: str) -> Mutate:
+def without(name: str, names: str | None = None) -> Mutate:
     def mutate(folder: Folder) -> str:
         del folder.config[name]
-        return name
+        return name if names is None else names
 
     return mutate
 

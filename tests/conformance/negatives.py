@@ -22,7 +22,7 @@ def _tensors(source: str, parts: dict[str, str]) -> list[Negative]:
 
         add("dropped", m.dropped(part), Code.INCOMPLETE_PAIR)
         add("of another module", m.renamed(part, "_proj", "_prxj"), Code.INCOMPLETE_PAIR)
-        add("of no half", m.renamed(part, half, "lora_C"), Code.KEY_UNMATCHED)
+        add("of no half", m.renamed(part, half, "lora_C"), Code.INCOMPLETE_PAIR)
         add("one column wider", m.reshaped(part, 1, 1), Code.SHAPE_MISMATCH)
         add("one column narrower", m.reshaped(part, 1, -1), Code.SHAPE_MISMATCH)
         add("one row longer", m.reshaped(part, 0, 1), Code.SHAPE_MISMATCH)
@@ -161,9 +161,11 @@ def _flipped() -> list[Negative]:
     blocks = {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": [], "nblocks": 2}
     claims: dict[str, tuple[str, m.Mutate, Code, str]] = {
         "dora claimed": ("plain", m.config("use_dora", True, ""), Code.INCOMPLETE_PAIR, "dora"),
+        "dora unsaid on queries": (
+            "dora", m.without("use_dora", "lora_magnitude_vector"), Code.AMBIGUOUS_LAYOUT, "dora_unsaid"
+        ),
         "dora and a bias of B": ("dora", m.config("lora_bias", True), Code.UNSUPPORTED, "lora_bias"),
         "blocks claimed": ("plain", m.config("use_bdlora", blocks, ""), Code.SHAPE_MISMATCH, "bdlora"),
-        "pooling claimed": ("plain", m.config("use_qalora", True, ""), Code.SHAPE_MISMATCH, "qalora"),
         "an invocation without tokens": (
             "plain", m.config("alora_invocation_string", "<run>"), Code.UNSUPPORTED, "alora_once"
         ),

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from adapters.errors import RefusalCode as Code
-from tests.conformance.cells import ALL_LINEAR_OF_WRAPPED, REFUSED, cell
+from tests.conformance.cells import ELSEWHERE, REFUSED, cell
 from tests.conformance.models import CONFIGS, REFUSED_BASES
 from tests.conformance.variants import SUMS, VARIANTS
 
@@ -24,7 +24,7 @@ WHAT: dict[str, str] = {
     "eva": "`init_lora_weights=eva`",
     "dora": "`use_dora`",
     "dora_bias": "`use_dora` with `bias=all`",
-    "dora_unsaid": "magnitudes without `use_dora` (torchtune)",
+    "dora_unsaid": "torchtune's DoRA: magnitudes without `use_dora`",
     "lora_bias": "`lora_bias`",
     "bias_all": "`bias=all`",
     "bias_lora_only": "`bias=lora_only`",
@@ -101,10 +101,18 @@ def table() -> str:
         f"{SERVED} served, to PEFT's numbers; {REFUSED_MARK} refused by name; {ABSENT} there is no such adapter.",
         "",
         *(f"- {WHAT[name]}: `{code}`, {why}." for name, (code, why) in REFUSED.items()),
-        f"- `target_modules=all-linear` on a vision-language model: `{Code.UNSUPPORTED}`, {ALL_LINEAR_OF_WRAPPED}.",
+        *(f"- {', '.join(names)}: `{code}`, {why}." for (code, why), names in _elsewhere().items()),
         f"- Bases that are refused: {', '.join(REFUSED_BASES)}, whose attention passes by transformers' interface.",
     ]
     return "\n".join([*head, *rows, *legend])
+
+
+def _elsewhere() -> dict[tuple[Code, str], list[str]]:
+    found: dict[tuple[Code, str], list[str]] = {}
+    for (_, name), reason in ELSEWHERE.items():
+        if WHAT[name] not in found.setdefault(reason, []):
+            found[reason].append(WHAT[name])
+    return found
 
 
 def _mark(architecture: str, name: str) -> str:

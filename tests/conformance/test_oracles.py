@@ -117,6 +117,16 @@ def test_old_names_on_a_wrapped_model_do_nothing_in_peft_and_the_right_thing_in_
     assert_same(forward(loaded, IDS), logits(adapter))
 
 
+@pytest.mark.parametrize(("architecture", "is_dropped"), [("gemma2", False), ("starcoder2", False), ("gpt2", True)])
+def test_peft_drops_a_tied_head_whose_embedding_has_another_name(
+    architecture: str, is_dropped: bool, tmp_path: Path
+) -> None:
+    adapter = made(architecture, "embed_tied", tmp_path)
+    theirs = PeftOracle(architecture, adapter.folder).logits(IDS, 0)
+    error = float((theirs - logits(adapter)).abs().max()) / float(theirs.abs().max())
+    assert error > 0.01 if is_dropped else error <= 1e-5
+
+
 def test_an_invocation_counts_from_its_last_place_in_the_prompt(tmp_path: Path) -> None:
     adapter = made("llama", "alora_twice", tmp_path)
     prompt = [5, 20, 21, 9, 50, 20, 21, 8]

@@ -65,6 +65,10 @@ def needs_plain_decoder(t: Traits) -> Reason:
     return "the text model is wrapped" if t.is_wrapped else None
 
 
+def needs_split(t: Traits) -> Reason:
+    return None if "q_proj" in t.leaves and not t.biased else "torchtune has no such model, or scales its biases, too"
+
+
 def needs_rows_of_batch(t: Traits) -> Reason:
     return (
         "PEFT masks by row and position, which OPT's flattened layers do not have" if t.architecture == "opt" else None
@@ -100,6 +104,12 @@ def _block_diagonal(t: Traits) -> LoraConfig:
         "target_modules_bd_b": [leaf for leaf in t.leaves if leaf not in first],
     }
     return lora(t, use_bdlora=peft.tuners.lora.config.BdLoraConfig(**halves, nblocks=2, match_strict=False))
+
+
+def _as_torchtune(t: Traits) -> LoraConfig:
+    """Without queries and keys, whose rows torchtune reorders and their magnitudes not."""
+    leaves = [leaf for leaf in t.leaves if leaf not in ("q_proj", "k_proj")]
+    return lora(t, use_dora=True, target_modules=leaves)
 
 
 def _tokens_of_both(t: Traits) -> LoraConfig:
@@ -159,7 +169,7 @@ LORA: tuple[Variant, ...] = (
     Variant(name="eva", make=plain(init_lora_weights="eva")),
     Variant(name="dora", make=plain(use_dora=True)),
     Variant(name="dora_bias", make=plain(use_dora=True, bias="all"), why_not=needs_bias),
-    Variant(name="dora_unsaid", make=rewritten(plain(use_dora=True), dialects.without_use_dora)),
+    Variant(name="dora_unsaid", make=rewritten(by_peft(_as_torchtune), dialects.without_use_dora), why_not=needs_split),
     Variant(name="lora_bias", make=plain(lora_bias=True), why_not=needs_bias),
     Variant(name="bias_all", make=plain(bias="all"), why_not=needs_bias),
     Variant(name="bias_lora_only", make=plain(bias="lora_only"), why_not=needs_bias),
@@ -175,7 +185,7 @@ TOKENS_AND_HEADS: tuple[Variant, ...] = (
     Variant(name="embed_head", make=by_peft(lambda t: lora(t, t.last_embedding, t.last_head))),
     Variant(
         name="embed_tied",
-        make=by_peft(lambda t: lora(t, t.last_embedding, t.last_head, ensure_weight_tying=True)),
+        make=dialects.tied,
         why_not=needs_tie,
     ),
     Variant(name="mts_embed", make=_whole(embedding)),

@@ -30,7 +30,7 @@ from adapters.convert.source_files import read_source
 from adapters.errors import AdapterError, AdapterRefused
 from adapters.lora_config import MAX_CONFIG_BYTES
 from adapters.untrusted_json import parse_object
-from server.cli_check import outline
+from server.cli_check import outline, weights_of
 from server.cli_failure import CommandFailed
 from server.cli_options import Count
 from server.config import LoRALimits
@@ -198,7 +198,7 @@ def _verdict(folder: Path, base: ResolvedModel, max_lora_rank: int) -> dict[str,
     limits = CheckpointLimits(max_lora_rank=max_lora_rank, max_adapter_bytes=_LIMITS.max_adapter_bytes)
     modules, dtype = outline(base.folder)
     try:
-        loaded = load_lora_model(folder, modules, limits=limits, dtype=dtype)
+        loaded = load_lora_model(folder, modules, limits=limits, dtype=dtype, weights=weights_of(base.folder, dtype))
     except AdapterRefused as error:
         return {
             "served": False,

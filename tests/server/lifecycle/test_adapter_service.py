@@ -236,10 +236,10 @@ async def test_random_traffic_leaves_names_and_engine_in_step(world: ServiceWorl
 @pytest.mark.asyncio
 async def test_a_refused_folder_leaves_nothing(world: ServiceWorld, tmp_path: Path) -> None:
     folder = Path(adapter(tmp_path / "a"))
-    write_config(folder, {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_dora": True})
+    write_config(folder, {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "layer_replication": [[0, 2]]})
     with pytest.raises(AdapterRefused) as refused:
         await world.service.load("sql", str(folder))
-    assert "use_dora" in str(refused.value)
+    assert "layer_replication" in str(refused.value)
     assert "sql" not in world.service.registry
     assert world.engine.events == []
     assert b'adapter_loads_total{model_name="org/base",result="refused"} 1.0' in world.metrics.render()

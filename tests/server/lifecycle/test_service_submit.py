@@ -31,7 +31,7 @@ def wanted(source: str, name: str = "sql", **options: object) -> WantedAdapter:
 
 def broken(folder: Path) -> str:
     source = adapter(folder)
-    write_config(folder, {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_dora": True})
+    write_config(folder, {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "layer_replication": [[0, 2]]})
     return source
 
 
@@ -129,7 +129,7 @@ async def test_a_failed_first_load_is_visible_when_nobody_waited(world: ServiceW
     await until(lambda: not world.service.loader.jobs)
     description = world.service.view.describe("sql").to_dict()
     assert description["state"] == "failed" and description["failure"]["code"] == "adapter_unsupported"
-    assert "use_dora" in description["failure"]["why"] and description["pending"] is None
+    assert "layer_replication" in description["failure"]["why"] and description["pending"] is None
     with pytest.raises(AdapterFailed, match="adapter_unsupported"):
         await world.use("sql")
     await world.load("sql", adapter(tmp_path / "b"))

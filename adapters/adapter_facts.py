@@ -3,7 +3,7 @@
 `adapter_extras` says what each of these is; a plain adapter has none of it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -39,9 +39,14 @@ def facts_of(model: LoRAModel) -> AdapterFacts:
     )
 
 
-def both_replace(left: frozenset[str], right: frozenset[str]) -> Iterator[str]:
-    """What two adapters both replace, in order; `<embedding>` is all of `<embedding>[id]`."""
-    yield from sorted((left & right) | _within(left, right) | _within(right, left))
+def both_replace(left: AdapterFacts, right: AdapterFacts) -> list[str]:
+    """What two adapters both replace, in order; `<embedding>` is all of `<embedding>[id]`. The very same tokenizer is
+    none of it: producers put the base's beside each adapter."""
+    shared = (left.replaced & right.replaced) | _within(left.replaced, right.replaced)
+    shared |= _within(right.replaced, left.replaced)
+    if left.tokenizer_files == right.tokenizer_files:
+        shared -= {"tokenizer"}
+    return sorted(shared)
 
 
 def _within(rows: frozenset[str], wholes: frozenset[str]) -> set[str]:

@@ -5,6 +5,7 @@ is read (placement.py); then each tensor is read into private memory, hashed, ch
 cast (run_plan.py). Neither PEFT nor transformers ever sees the folder. Knows nothing of names, leases or devices.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from adapters.load_report import LoadReport, absent_targets, embedding_norm, idl
 from adapters.lora_config import CONFIG_NAME, MAX_CONFIG_BYTES
 from adapters.lora_model import LoRAModel
 from adapters.module_names import BaseModules
+from adapters.own_tokenizer import OwnTokenizers
 from adapters.packed_modules import kind_of
 from adapters.placement import place
 from adapters.plan_cache import PlanCache
@@ -55,29 +57,31 @@ def load_lora_model(
     dtype: torch.dtype,
     weights: BaseWeights | None = None,
     plans: PlanCache | None = None,
+    tokenizers: OwnTokenizers | None = None,
     progress: Progress | None = None,
 ) -> LoadedAdapter:
     """Load and check one adapter, its weights in `dtype` on the CPU. A folder that is open already stays open.
 
     `weights`: the base's own, which DoRA, replaced biases and whole embeddings are refused without. `plans`: those of
-    earlier loads. Raises AdapterNotFound when the folder holds no adapter, AdapterRefused (any code) when it cannot be
-    served exactly.
+    earlier loads. `tokenizers`: what an adapter's own is compared with; without it none is taken. Raises
+    AdapterNotFound when the folder holds no adapter, AdapterRefused (any code) when it cannot be served exactly.
     """
     with AdapterFolder.find(folder) if isinstance(folder, Path) else nullcontext(folder) as place_of_it:
         with place_of_it.open(CONFIG_NAME) as file:
             recipe = read_recipe(file.read(MAX_CONFIG_BYTES + 1))
         with open_weights(place_of_it, max_bytes=limits.max_adapter_bytes) as files:
             plan = _plan(files, recipe, base, limits, dtype, plans)
+            own = tokenizers.files_of(place_of_it) if tokenizers is not None else {}
             ran = run(
                 plan,
                 files.files,
-                recipe.canonical(),
+                _canonical(recipe, own),
                 dtype,
                 weights=weights,
                 max_full_bytes=limits.max_full_bytes,
                 progress=progress,
             )
-        return _loaded(plan, ran, recipe, place_of_it.tokenizer_files)
+        return _loaded(plan, _with_tokenizer(ran, own), recipe)
 
 
 def _plan(
@@ -106,9 +110,23 @@ def _plan_key(recipe: Recipe) -> Recipe:
     return replace(recipe, scales=replace(recipe.scales, target_modules=(), base_model=None))
 
 
-def _loaded(plan: LoadPlan, ran: Ran, recipe: Recipe, tokenizer_files: tuple[str, ...]) -> LoadedAdapter:
+def _canonical(recipe: Recipe, tokenizer: Mapping[str, bytes]) -> bytes:
+    """Everything beside the tensors that an adapter is: the config, and a tokenizer of its own where it has one."""
+    digests = "".join(f" {name} {hashlib.sha256(data).hexdigest()}" for name, data in sorted(tokenizer.items()))
+    return recipe.canonical() + digests.encode()
+
+
+def _with_tokenizer(ran: Ran, tokenizer: Mapping[str, bytes]) -> Ran:
+    if not tokenizer:
+        return ran
+    replaced = ran.extras.replaced | {"tokenizer"}
+    return replace(ran, extras=replace(ran.extras, tokenizer_files=tokenizer, replaced=replaced))
+
+
+def _loaded(plan: LoadPlan, ran: Ran, recipe: Recipe) -> LoadedAdapter:
     placed = plan.placement
-    features = (*placed.features, *((f"renamed: {placed.rewrite}",) if placed.rewrite else ()))
+    own = ("tokenizer",) if ran.extras.tokenizer_files else ()
+    features = (*placed.features, *own, *((f"renamed: {placed.rewrite}",) if placed.rewrite else ()))
     norms = _checked_norms(ran, plan.base)
     model = LoRAModel(ran.version, ran.modules, features, norms, ran.extras)
     warnings = [
@@ -116,8 +134,6 @@ def _loaded(plan: LoadPlan, ran: Ran, recipe: Recipe, tokenizer_files: tuple[str
         *absent_targets(recipe.scales.target_modules, [pair.pair.source for pair in placed.pairs]),
     ]
     warnings += idle_modules(ran.modules, ran.idle, has_more=bool(ran.extras))
-    if tokenizer_files:
-        warnings.append(f"{', '.join(tokenizer_files)}: not read, the base's tokenizer and template are used")
     num_params = sum(
         place.lora_rank * (place.in_features + place.out_features) for place in plan.layout.places.values()
     )

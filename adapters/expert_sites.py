@@ -18,10 +18,11 @@ from torch.nn import functional
 from adapters.adapter_extras import ExpertPairs
 from adapters.class_swap import STATE
 from adapters.host_call import host_call
-from adapters.hosted_rows import blend, product
+from adapters.hosted_rows import blend
 from adapters.lora_experts import experts_with_pairs
 from adapters.lora_model import LoRAWeights
 from adapters.lora_step import Step
+from adapters.ops import product
 from adapters.staged_extras import StagedExtras
 from adapters.step_features import StepFeature
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from adapters.extras_batch import ExtraRows
 
-_BLOCK = 8  # rows that are multiplied at once in bfloat16
-
 
 def blend(y: Tensor, parts: Sequence[ExtraRows], own: Callable[[int, Tensor], Tensor | None]) -> None:
     """Change y [num_rows, …] in place. `own(start, rows)` computes, from y as it was, the output float32
@@ -33,15 +31,3 @@ def blend(y: Tensor, parts: Sequence[ExtraRows], own: Callable[[int, Tensor], Te
     if sums is not None:
         shared = torch.cat([torch.from_numpy(part.rows) for part in parts if not part.is_alone]).unique().to(y.device)
         y[shared] = (y[shared].float() + sums[shared]).to(y.dtype)
-
-
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [num_rows, in] · weight [out, in]ᵀ, float32 [num_rows, out]. In bfloat16 as many rows at once however many
-    there are, since torch's sums depend on that, and a row's bits are to depend on nothing but the row."""
-    if weight.dtype is torch.float32:
-        return x.float() @ weight.T
-    num_rows = len(x)
-    padded = x.new_zeros(-(-num_rows // _BLOCK) * _BLOCK, x.shape[1])
-    padded[:num_rows] = x
-    blocks = [torch.nn.functional.linear(block, weight) for block in padded.split(_BLOCK)]
-    return torch.cat(blocks)[:num_rows].float()

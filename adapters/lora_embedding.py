@@ -15,8 +15,9 @@ from adapters.base_parts import EmbeddingShape
 from adapters.class_swap import STATE
 from adapters.extras_batch import ExtrasBatch
 from adapters.host_call import host_call
-from adapters.hosted_rows import blend, product
+from adapters.hosted_rows import blend
 from adapters.lora_step import Step
+from adapters.ops import product
 from adapters.staged_extras import StagedExtras
 from adapters.step_features import StepFeature
 

@@ -14,8 +14,9 @@ from adapters.applied_extras import AppliedHead
 from adapters.base_parts import HeadShape
 from adapters.class_swap import STATE
 from adapters.host_call import host_call
-from adapters.hosted_rows import blend, product
+from adapters.hosted_rows import blend
 from adapters.lora_step import Step
+from adapters.ops import product
 from adapters.staged_extras import StagedExtras
 from adapters.step_features import StepFeature
 
@@ -52,7 +53,19 @@ class HeadSite:
     def _own(self, held: AppliedHead, y: Tensor, x: Tensor) -> Tensor:
         """The output of one adapter alone for x [n, hidden], in place of the base's y, float32 [n, columns]."""
         part, pair = held.part, held.pair
-        bias = self._bias_of(held, y)
+        if any(each is not None for each in (part.weight, part.bias, part.rows)):
+            self._replace(held, y, x)
+        if held.affine is not None:
+            size = held.affine.shape[1]
+            y[:, :size] = y[:, :size] * (1 + held.affine[0]) + held.affine[1]
+        if pair is not None:
+            size = pair.lora_b.shape[1]
+            y[:, :size] += product(product(x, pair.lora_a).to(x.dtype), pair.lora_b.T)
+        return y
+
+    def _replace(self, held: AppliedHead, y: Tensor, x: Tensor) -> None:
+        """Put what the adapter has of its own into y [n, columns]."""
+        part, bias = held.part, self._bias_of(held, y)
         if part.weight is not None:
             size = len(part.weight)
             y[:, :size] = product(x, part.weight) + bias[:size]
@@ -61,13 +74,6 @@ class HeadSite:
             y[:, :size] += (bias - self._base_bias(held, y))[:size]
         if part.rows is not None:
             y[:, part.rows.ids] = product(x, part.rows.values) + bias[part.rows.ids]
-        if held.affine is not None:
-            size = held.affine.shape[1]
-            y[:, :size] = y[:, :size] * (1 + held.affine[0]) + held.affine[1]
-        if pair is not None:
-            size = pair.lora_b.shape[1]
-            y[:, :size] += product(product(x, pair.lora_a).to(x.dtype), pair.lora_b.T)
-        return y
 
     def _bias_of(self, held: AppliedHead, like: Tensor) -> Tensor:
         """The bias an adapter has, 0 where none reaches: float32 [columns]."""

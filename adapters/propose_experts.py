@@ -12,6 +12,7 @@ from adapters.proposal import ExpertProposal
 from adapters.recipe import Recipe
 from adapters.refusals import EXPERT_LAYOUT, FUSED_EXPERTS, incomplete
 from adapters.safetensors_header import TensorEntry, require_matrix
+from adapters.untrusted_json import shown
 
 PROJECTIONS: Mapping[str, str] = {
     **{name: name.removesuffix("_proj") for name in ("gate_proj", "up_proj", "down_proj")},
@@ -44,6 +45,9 @@ def propose_experts(recipe: Recipe, modules: Mapping[str, Roles], entries: Entri
         elif (fused := _FUSED.fullmatch(module)) is not None:
             wrapped.setdefault(fused["experts"], {})[fused["wrappers"].count(".")] = roles
     targeted = [name for name in _PARAMETERS if any(t.rpartition(".")[2] == name for t in recipe.target_parameters)]
+    if targeted and not wrapped and not single:
+        why = "target_parameters names parameters of experts, and no tensor in the file is a pair of theirs"
+        raise EXPERT_LAYOUT.error(feature=f"target_parameters={shown(list(recipe.target_parameters))}", why=why)
     fused_pairs = [
         _fused(recipe, experts, parameter, roles, entries)
         for experts, by_depth in wrapped.items()

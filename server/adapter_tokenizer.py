@@ -55,7 +55,8 @@ class AdapterTokenizers:
 
 
 def tokenizer_of(files: Mapping[str, bytes], base: Tokenizer) -> Tokenizer:
-    """The tokenizer in `files`, or the base's with the template in `files`. Raises TokenizerNotLoaded."""
+    """The tokenizer in `files`, or the base's with the template in `files`; the base's itself where nothing differs.
+    Raises TokenizerNotLoaded."""
     try:
         return _made_of(files, base)
     except Exception as error:  # what the Rust library raises has no class of its own
@@ -72,7 +73,16 @@ def _made_of(files: Mapping[str, bytes], base: Tokenizer) -> Tokenizer:
     fast = tokenizers.Tokenizer.from_str(files[_TOKENIZER].decode())
     hf = PreTrainedTokenizerFast(tokenizer_object=fast, clean_up_tokenization_spaces=False, **_special_tokens(config))
     hf.chat_template = template
-    return Tokenizer(hf)
+    made = Tokenizer(hf)
+    return base if _is_same(made, base) else made
+
+
+def _is_same(made: Tokenizer, base: Tokenizer) -> bool:
+    """Both do the same; a slow one is like no other."""
+    if made.fast is None or base.fast is None or made.chat_template != base.chat_template:
+        return False
+    has_same_tokens = made.special_tokens == base.special_tokens and made.special_ids == base.special_ids
+    return has_same_tokens and made.fast.to_str() == base.fast.to_str()
 
 
 def _template(files: Mapping[str, bytes], config: Mapping[str, Any]) -> str | None:

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -57,6 +58,7 @@ class EngineInfo:
     block_size: int
     memory: EngineMemory
     weights: BaseWeights  # the base's, to be read from any thread
+    folder: Path  # the base's
 
 
 class AsyncEngine:
@@ -77,6 +79,7 @@ class AsyncEngine:
             block_size=engine.blocks.block_size,
             memory=engine.memory,
             weights=base.weights,
+            folder=base.folder,
         )
         self.stats = EngineStats()
         self.facts: dict[AdapterVersion, AdapterFacts] = {}  # of the versions in host memory, or on their way there

@@ -18,6 +18,7 @@ from adapters.base_weights import BaseWeights
 from adapters.checkpoint import CheckpointLimits, LoadedAdapter, load_lora_model
 from adapters.errors import AdapterError, AdapterRefused
 from adapters.module_names import BaseModules
+from adapters.own_tokenizer import OwnTokenizers
 from server.cli_failure import CommandFailed
 from server.cli_options import Count
 from server.config import LoRALimits, ModelConfig
@@ -63,7 +64,8 @@ def check_command(
         raise CommandFailed(f"the config of {model} cannot be read: {error}") from error
     limits = CheckpointLimits(max_lora_rank=max_lora_rank, max_adapter_bytes=_LIMITS.max_adapter_bytes)
     try:
-        return check_adapter(folder, base, dtype, limits, as_json=as_json, weights=weights_of(resolved.folder, dtype))
+        weights, tokenizers = weights_of(resolved.folder, dtype), OwnTokenizers(resolved.folder)
+        return check_adapter(folder, base, dtype, limits, as_json=as_json, weights=weights, tokenizers=tokenizers)
     except OSError as error:
         raise CommandFailed(f"the weights of {model} cannot be read: {error}") from error
 
@@ -76,11 +78,12 @@ def check_adapter(
     *,
     as_json: bool,
     weights: BaseWeights | None = None,
+    tokenizers: OwnTokenizers | None = None,
 ) -> int:
     """Print the verdict on `folder` against `base`; 0 = it would be served, 1 = refused."""
     console = Console()
     try:
-        loaded = load_lora_model(folder, base, limits=limits, dtype=dtype, weights=weights)
+        loaded = load_lora_model(folder, base, limits=limits, dtype=dtype, weights=weights, tokenizers=tokenizers)
     except AdapterError as error:
         _print_refusal(error, folder, as_json, console)
         return 1

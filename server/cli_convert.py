@@ -30,7 +30,7 @@ from adapters.convert.source_files import read_source
 from adapters.errors import AdapterError, AdapterRefused
 from adapters.lora_config import MAX_CONFIG_BYTES
 from adapters.untrusted_json import parse_object
-from server.cli_check import outline
+from server.cli_check import outline, weights_of
 from server.cli_failure import CommandFailed
 from server.cli_options import Count
 from server.config import LoRALimits
@@ -80,7 +80,7 @@ def convert_command(
     revision: str | None = None,
     format: Literal["auto"] | Format = "auto",
     of_source: SourceFlags = _NOTHING_SAID,
-    dtype: Literal["float32", "bfloat16"] | None = None,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     max_lora_rank: Count = _LIMITS.max_lora_rank,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
@@ -99,13 +99,13 @@ def convert_command(
     format
         What SOURCE is; found out if unset.
     dtype
-        Of the tensors written; as in SOURCE, or float32 where they are computed, if unset.
+        Of the tensors written; auto: as in SOURCE, or float32 where they are computed.
     max_lora_rank
         The server's limit, for the check at the end.
     as_json
         Print the report as one line of JSON.
     """
-    asked = _Asked(source, out, None if format == "auto" else format, None if dtype is None else _DTYPES[dtype])
+    asked = _Asked(source, out, None if format == "auto" else format, _DTYPES.get(dtype))
     try:
         resolved = resolve_model(model, revision, notify=Console(stderr=True).print)
         report = _make(asked, resolved, of_source.options(model or resolved.name), max_lora_rank)
@@ -198,7 +198,7 @@ def _verdict(folder: Path, base: ResolvedModel, max_lora_rank: int) -> dict[str,
     limits = CheckpointLimits(max_lora_rank=max_lora_rank, max_adapter_bytes=_LIMITS.max_adapter_bytes)
     modules, dtype = outline(base.folder)
     try:
-        loaded = load_lora_model(folder, modules, limits=limits, dtype=dtype)
+        loaded = load_lora_model(folder, modules, limits=limits, dtype=dtype, weights=weights_of(base.folder, dtype))
     except AdapterRefused as error:
         return {
             "served": False,

@@ -175,6 +175,10 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._hf.chat_template)
 
+    @property
+    def special_tokens(self) -> Mapping[str, Any]:  # what templates may name
+        return dict(self._hf.special_tokens_map)
+
     def with_chat_template(self, template: str | None) -> "Tokenizer":
         """The same tokenizer, and all that was learned of it, with another template."""
         if template is None:

@@ -87,6 +87,10 @@ def test_the_scheduler_needs_no_torch() -> None:
     _run_without(["torch"], f"import {modules}")
 
 
+def test_the_server_has_no_conversions_in_it() -> None:
+    _run_without(["adapters.convert"], "import server.serve, server.cli_serve, server.cli_check, adapters.checkpoint")
+
+
 def test_the_load_test_over_http_needs_no_torch_and_that_of_a_gpu_no_http() -> None:
     _run_without(["torch", "numba", "triton"], "from loadtest.commands import main")
     show_help = "from loadtest.__main__ import main\ntry: main(['gpu', '--help'])\nexcept SystemExit: pass"

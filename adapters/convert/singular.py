@@ -70,7 +70,9 @@ class _Maker:
     rounding: dict[str, float] = field(default_factory=dict)
 
     def add_linear(self, module: str, of_base: str, pair: Pair) -> None:
-        lora_a, lora_b = self._checked(module, of_base, pair)
+        self._check(module, of_base, pair)
+        diagonal = self._diagonal_of(module, len(pair[0]))  # [r]
+        lora_a, lora_b = pair[0], pair[1].float() * diagonal
         r, scale = lora_a.shape[0], self.rule.scale_of(module)
         is_transposed = of_base in self.base.outline.transposed
         weight = _whole(self.base, of_base)
@@ -81,7 +83,7 @@ class _Maker:
         self._judge(module, weight, taken, norm)
         self.tensors |= linear_tensors(module, (made_a, made_b), wrapper=self.pairs.wrapper)
         self.ranks[module] = made_a.shape[0]
-        rows = _source_rows(self.method, self.base, of_base, (lora_a, lora_b), scale)
+        rows = _source_rows(self.method, self.base, of_base, pair, diagonal, scale)
         self.deltas[module] = SourceDelta(weight.shape[0], weight.shape[1], rows)
 
     def add_embedding(self, module: str, pair: Pair) -> None:
@@ -101,8 +103,7 @@ class _Maker:
         changed = {"init_lora_weights": True, "kasa_config": None, **fields_of_scale_one(self.ranks)}
         return Conversion({**config, **changed}, self.tensors | kept, self.deltas, kept, self._warnings())
 
-    def _checked(self, module: str, of_base: str, pair: Pair) -> Pair:
-        """A [r, in] and B [out, r] with KaSA's diagonal in it."""
+    def _check(self, module: str, of_base: str, pair: Pair) -> None:
         shape, (lora_a, lora_b) = self.base.outline.linears.get(of_base), pair
         if shape != (lora_b.shape[0], lora_a.shape[1]):
             wanted = "no linear" if shape is None else f"{list(shape)}"
@@ -115,14 +116,17 @@ class _Maker:
                 f"{module} shares its weight with the embedding, of which {self.method} took the same part away, and "
                 "no adapter on linears puts it back; serve the changed base"
             )
+
+    def _diagonal_of(self, module: str, lora_rank: int) -> Tensor:
+        """What stands between B and A: ones, but for KaSA."""
         if self.method != "kasa":
-            return pair
+            return torch.ones(lora_rank)
         name = f"{self.pairs.wrapper}{module}.lora_diag"
         diagonal = self.pairs.rest.get(name)
-        if diagonal is None or diagonal.shape != (lora_a.shape[0],):
+        if diagonal is None or diagonal.shape != (lora_rank,):
             raise CannotConvert(f"{name} is missing or not as long as the rank")
         self.used.add(name)
-        return lora_a, lora_b.float() * diagonal.float()
+        return diagonal.float()
 
     def _judge(self, module: str, weight: Tensor, taken: TakenOut, norm: float) -> None:
         """What the numbers cannot say by themselves: parts that are not unique, and what rounding did in training."""
@@ -171,11 +175,13 @@ def _whole(base: SingularBase, module: str) -> Tensor:
     return base.weights.rows(f"{module}.weight", 0, base.outline.linears[module][0])
 
 
-def _source_rows(method: Method, base: SingularBase, module: str, pair: Pair, scale: float) -> Callable[[], RowsOf]:
+def _source_rows(
+    method: Method, base: SingularBase, module: str, pair: Pair, diagonal: Tensor, scale: float
+) -> Callable[[], RowsOf]:
     """s·B·A less what was taken out, by the way `dense_rows` goes."""
 
     def make() -> RowsOf:
-        lora_a, lora_b = (half.double() for half in pair)
+        lora_a, lora_b = diagonal.double()[:, None] * pair[0].double(), pair[1].double()
         is_transposed = module in base.outline.transposed
         taken = dense_rows(method, _whole(base, module), len(lora_a), scale, is_transposed=is_transposed)
         return lambda begin, end: scale * (lora_b[begin:end] @ lora_a) - taken(begin, end)

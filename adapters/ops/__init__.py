@@ -1,12 +1,13 @@
-"""The LoRA and affine operations in their implementations, one per file, and the choice between them by device."""
+"""Operations in their implementations, one per file, and the choice between them by device."""
 
 import importlib
 from importlib.util import find_spec
 from typing import cast
 
 import torch
+from torch import Tensor
 
-from adapters.ops import reference, reference_affine
+from adapters.ops import reference, reference_affine, reference_product
 from adapters.ops.affine_interface import AffineOps, AffineTable, BoundAffine
 from adapters.ops.interface import BoundLoRA, LoRAOps, LoRAPools, RowTarget, RowWriter
 
@@ -19,6 +20,7 @@ __all__ = [
     "LoRAPools",
     "RowTarget",
     "RowWriter",
+    "product",
     "select",
     "select_affine",
 ]
@@ -26,6 +28,7 @@ __all__ = [
 # numba is looked for, not demanded: the package imports where only torch is installed.
 _CPU = "adapters.ops.cpu" if find_spec("numba") else "adapters.ops.reference"
 _CPU_AFFINE = "adapters.ops.cpu_affine" if find_spec("numba") else "adapters.ops.reference_affine"
+_CPU_PRODUCT = "adapters.ops.cpu_product" if find_spec("numba") else "adapters.ops.reference_product"
 _GPU = "adapters.ops.gpu" if find_spec("triton") else "adapters.ops.reference"
 
 
@@ -43,3 +46,9 @@ def select_affine(device: torch.device) -> AffineOps:
     if device.type == "cpu":
         return cast(AffineOps, importlib.import_module(_CPU_AFFINE))
     return cast(AffineOps, reference_affine)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [num_rows, in] · weight [out, in]ᵀ, float32 [num_rows, out]; a row's bits depend on nothing but the row."""
+    where = importlib.import_module(_CPU_PRODUCT) if x.device.type == "cpu" else reference_product
+    return cast(Tensor, where.product(x, weight))

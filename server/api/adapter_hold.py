@@ -80,7 +80,7 @@ class AdapterHold:
     def refuse_conflicts(self, facts: Mapping[AdapterVersion, AdapterFacts]) -> None:
         """Raises AdapterConflict when two adapters replace one part of the model: such parts cannot be summed."""
         for left, right in combinations(self.adapters, 2):
-            shared = [*both_replace(facts[left.version].replaced, facts[right.version].replaced)]
+            shared = both_replace(facts[left.version], facts[right.version])
             if shared:
                 named = ", ".join(f"'{element}'" for element in shared[:_MAX_NAMED])
                 more = f" and {len(shared) - _MAX_NAMED} more" if len(shared) > _MAX_NAMED else ""

@@ -55,6 +55,7 @@ class BaseModel:
     bindings: tuple[LayerBinding, ...]  # in the order of kv_shapes
     keeps_logits: bool  # forward takes logits_to_keep
     weights: BaseWeights
+    folder: Path
 
     @property
     def weight_bytes(self) -> int:
@@ -110,6 +111,7 @@ def load_base_model(folder: Path, name: str, settings: ModelConfig) -> BaseModel
         bindings=bindings,
         keeps_logits="logits_to_keep" in inspect.signature(model.forward).parameters,
         weights=LiveWeights(lambda: model, _fingerprint(folder, settings)),
+        folder=folder,
     )
 
 

@@ -29,6 +29,7 @@ SECONDS = {
     "server.engine.attention.prefill_kernels:attend_pieces": 2.8,
     "adapters.ops.cpu_affine_kernels:affine_bf16": 1.5,
     "server.engine.product_kernels:product": 1.2,
+    "adapters.ops.cpu_product_kernels:multiply_rows_bf16": 0.7,
     "server.engine.fused_kernels:_rms_norm_bf16": 0.7,
     "server.engine.fused_kernels:_rotary_bf16": 0.7,
     "server.engine.attention.cpu_kernels:write_bf16": 0.4,

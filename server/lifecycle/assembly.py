@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from adapters.checkpoint import CheckpointLimits, load_lora_model
+from adapters.own_tokenizer import OwnTokenizers
 from adapters.plan_cache import PlanCache
 from adapters.version_store import VersionStore, base_key
 from server.async_engine import AsyncEngine, EngineInfo
@@ -97,8 +98,15 @@ def _reader_for(info: EngineInfo, lora: LoRALimits) -> ReadAdapter:
         max_adapter_bytes=lora.max_adapter_bytes,
         max_full_bytes=lora.max_full_bytes,
     )
-    plans = PlanCache()
-    return partial(load_lora_model, base=info.base, limits=limits, dtype=info.dtype, weights=info.weights, plans=plans)
+    return partial(
+        load_lora_model,
+        base=info.base,
+        limits=limits,
+        dtype=info.dtype,
+        weights=info.weights,
+        plans=PlanCache(),
+        tokenizers=OwnTokenizers(info.folder),
+    )
 
 
 def allowed_roots(config: AdapterConfig, named: Sequence[Path]) -> tuple[Path, ...]:

@@ -442,7 +442,7 @@ for _field, _value, _code in (
     ("lora_bias", True, Code.INCOMPLETE_PAIR),
     ("modules_to_save", ["lm_head"], Code.INCOMPLETE_PAIR),
     ("trainable_token_indices", [1, 2], Code.INCOMPLETE_PAIR),
-    ("target_parameters", ["mlp.experts.gate_up_proj"], Code.UNSUPPORTED),
+    ("target_parameters", ["mlp.experts.gate_up_proj"], Code.AMBIGUOUS_LAYOUT),
     ("layer_replication", [[0, 2], [1, 3]], Code.UNSUPPORTED),
     ("use_bdlora", {"nblocks": 2}, Code.SHAPE_MISMATCH),
     ("arrow_config", {"top_k": 3}, Code.UNSUPPORTED),

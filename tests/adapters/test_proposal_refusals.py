@@ -80,7 +80,7 @@ CELLS: dict[str, tuple[dict[str, Any], Shapes, RefusalCode, str]] = {
     "qalora: ranks differ": ({"use_qalora": True, "qalora_group_size": 4}, PAIR | {B: (8, 3)}, SHAPE, B),
     "a scale past all": ({"lora_alpha": 5000}, PAIR, UNSUPPORTED, "lora_alpha=5000"),
     "an embedding's scale": ({"alpha_pattern": {"e": 5000}}, PAIR | EMBEDDING, UNSUPPORTED, "lora_alpha=5000"),
-    "experts by config": ({"target_parameters": ["experts.down_proj"]}, PAIR, UNSUPPORTED, "target_parameters"),
+    "experts by config": ({"target_parameters": ["experts.down_proj"]}, PAIR, AMBIGUOUS, "target_parameters"),
     "velora not said": ({}, PAIR | {"m.q_proj.lora_velora_embed": (8,)}, UNMATCHED, "m.q_proj.lora_velora_embed"),
     "monteclora not said": (
         {}, PAIR | {"m.q_proj.lora_monteclora_sampler.std_prior": (2,)}, UNMATCHED,

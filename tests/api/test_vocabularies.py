@@ -125,10 +125,14 @@ async def test_a_tokenizer_and_another_adapter_without_one() -> None:
     world = with_tokenizer()
     async with client_for(world.app) as client:
         assert (await complete(client, model="team/chat@0.5+sql", prompt="<|tool|>")).status_code == 200
-        world.engine.facts[CHAT] = world.engine.facts[SQL]
+        files = files_with("<|other|>")
+        world.engine.facts[CHAT] = AdapterFacts(tokenizer_files=files, replaced=frozenset({"tokenizer"}))
         reply = await complete(client, model="team/chat@0.5+sql")
         assert (reply.status_code, reply.json()["error"]["code"]) == (409, "adapter_conflict")
-    assert world.engine.requests[0].prompt_token_ids == (NUM_BASE,)
+        files = dict(world.engine.facts[SQL].tokenizer_files)
+        world.engine.facts[CHAT] = AdapterFacts(tokenizer_files=files, replaced=frozenset({"tokenizer"}))
+        assert (await complete(client, model="team/chat@0.5+sql", prompt="<|tool|>")).status_code == 200
+    assert [request.prompt_token_ids for request in world.engine.requests] == [(NUM_BASE,)] * 2
 
 
 async def test_a_broken_tokenizer_is_told() -> None:

@@ -10,6 +10,7 @@ import openai
 import pytest
 import torch
 from openai import AsyncOpenAI, OpenAI
+from safetensors.torch import load_file, save_file
 
 from server.config import MIB, CacheConfig, EngineConfig, HTTPConfig, LoRALimits, ModelConfig, ServerConfig
 from tests.end_to_end.in_process import InProcessServer, free_port, in_process, save_tiny_model
@@ -24,8 +25,11 @@ TARGETS = {
     "tone": "all-linear",
     "json": ["o_proj", "q_proj"],
     "more": ["v_proj"],
+    "act": "all-linear",
 }
-RANKS = {"sql": 4, "tone": 8, "json": 2, "more": 3}
+RANKS = {"sql": 4, "tone": 8, "json": 2, "more": 3, "act": 4}
+INVOCATION = [260, 9]  # of act: it begins there in the prompt
+OWNERS = ("mine", "yours")  # of the last norm
 NUM_IDS = 401  # that the tokenizer has; the model has more rows
 
 # what a client sends → what it means
@@ -40,6 +44,8 @@ CASES: list[tuple[dict[str, Any], dict[str, float]]] = [
         {"model": BASE, "adapters": [{"name": "json"}, {"name": "sql", "weight": 0.4}, {"name": "tone", "weight": 2}]},
         {"json": 1.0, "sql": 0.4, "tone": 2.0},
     ),
+    ({"model": "act"}, {"act": 1.0}),
+    ({"model": "act@0.5+tone@0.75"}, {"act": 0.5, "tone": 0.75}),
     ({"model": BASE, "lora": [{"id": 2, "scale": 0.8}, {"id": "sql", "scale": 0.8}]}, {"json": 0.8, "sql": 0.8}),
 ]
 
@@ -50,10 +56,24 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     model = save_tiny_model(folder / "model")
     made = {
         name: oracle.make_adapter(
-            model, folder / name, seed=rank, std=0.15, r=rank, lora_alpha=2 * rank, target_modules=TARGETS[name]
+            model,
+            folder / name,
+            seed=rank,
+            std=0.15,
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=TARGETS[name],
+            alora_invocation_tokens=INVOCATION if name == "act" else None,
         )
         for name, rank in RANKS.items()
     }
+    for name in OWNERS:
+        made[name] = oracle.make_adapter(
+            model, folder / name, seed=len(name), std=0.15, r=2, target_modules=["q_proj"], modules_to_save=["norm"]
+        )
+        file = made[name] / "adapter_model.safetensors"
+        tensors = {key: tensor + ("norm" in key) * 0.25 for key, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
     return {"": model, **made}
 
 
@@ -67,7 +87,7 @@ def server(folders: dict[str, Path]) -> Iterator[InProcessServer]:
         ),
         http=HTTPConfig(port=free_port()),
         served_model_names=(BASE,),
-        lora_modules=tuple((name, folders[name]) for name in RANKS),
+        lora_modules=tuple((name, folders[name]) for name in (*RANKS, *OWNERS)),
     )
     with in_process(config) as running:
         yield running
@@ -103,7 +123,10 @@ def test_every_row_of_a_mixed_batch_is_the_sum_by_peft(server: InProcessServer, 
         token_ids = choice.model_extra["token_ids"]
         assert len(token_ids) == NUM_TOKENS
         logits = composed_logits(
-            folders[""], [(folders[name], weight) for name, weight in weights.items()], [*PROMPT, *token_ids]
+            folders[""],
+            [(folders[name], weight) for name, weight in weights.items()],
+            [*PROMPT, *token_ids],
+            {folders["act"]: PROMPT.index(INVOCATION[0])},
         )
         expected = logits[len(PROMPT) - 1 : -1, :NUM_IDS].log_softmax(-1)
         assert expected.argmax(-1).tolist() == token_ids, case
@@ -113,7 +136,7 @@ def test_every_row_of_a_mixed_batch_is_the_sum_by_peft(server: InProcessServer, 
         if weights:
             assert float((logits[: len(PROMPT)] - plain).abs().max()) > 0.05 * largest, f"{case} does nothing"
         echoed = {each["name"]: each["weight"] for each in (reply.model_extra or {}).get("adapters", [])}
-        assert echoed == (weights if weights != {"sql": 1.0} else {}), case
+        assert echoed == (weights if case["model"] not in ("sql", "act") else {}), case
         assert all(each["version"] == versions[each["name"]] for each in (reply.model_extra or {}).get("adapters", []))
     assert len({tuple(reply.choices[0].model_extra["token_ids"]) for reply in replies}) == len(CASES)
 
@@ -137,6 +160,19 @@ def test_more_than_the_device_holds_is_told(server: InProcessServer) -> None:
         with pytest.raises(openai.ConflictError, match="this request names 4 adapters and one step holds 3") as refused:
             sdk.completions.create(model="sql+tone+json+more", prompt=PROMPT, max_tokens=1)
         assert refused.value.code == "adapter_capacity"
+
+
+def test_two_that_replace_one_norm_are_refused(server: InProcessServer, folders: dict[str, Path]) -> None:
+    versions = {name: server.context.adapters.registry.describe(name).ref.version for name in OWNERS}
+    assert versions["mine"] != versions["yours"]
+    with OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as sdk:
+        with pytest.raises(
+            openai.ConflictError, match="'mine' and 'yours' both replace 'model.layers.0.input_layernorm.weight'"
+        ) as refused:
+            sdk.completions.create(model="mine@0.5+yours", prompt=PROMPT, max_tokens=1)
+        assert refused.value.code == "adapter_conflict"
+        for model in ("mine+sql", "yours@0.5", "mine@0.5+yours@0"):
+            sdk.completions.create(model=model, prompt=PROMPT, max_tokens=1)
 
 
 def test_the_oracle_is_pefts_own_where_one_adapter_is_whole(folders: dict[str, Path]) -> None:

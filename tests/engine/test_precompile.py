@@ -9,6 +9,7 @@ import pytest
 
 from adapters.ops import cpu_affine_kernels as affine
 from adapters.ops import cpu_kernels as lora
+from adapters.ops import cpu_product_kernels as row_products
 from adapters.ops.chunk_kernel import ChunkKernel, chunk_kernel
 from server.engine import fused_kernels, fused_mlp_kernels, precompile, product_kernels
 from server.engine.attention import cpu_kernels as attention
@@ -20,7 +21,9 @@ SMALL = ("server.engine.fused_kernels:_add_bf16", "server.engine.fused_mlp_kerne
 
 
 @pytest.mark.parametrize(
-    "module", [lora, affine, attention, prefill_kernels, product_kernels, fused_mlp_kernels, fused_kernels], ids=str
+    "module",
+    [lora, affine, row_products, attention, prefill_kernels, product_kernels, fused_mlp_kernels, fused_kernels],
+    ids=str,
 )
 def test_every_bfloat16_kernel_is_compiled_ahead(module: ModuleType) -> None:
     kernels = {name: each for name, each in vars(module).items() if isinstance(each, ChunkKernel)}

@@ -75,6 +75,17 @@ def test_a_template_alone_leaves_the_bases_tokenizer(make: Any) -> None:
     assert tokenizer_of({"added_tokens.json": b"{}"}, base) is base or own.fast is base.fast
 
 
+def test_a_copy_of_the_bases_is_the_bases() -> None:
+    base = byte_level_tokenizer()
+    assert base.fast is not None
+    files = {"tokenizer.json": base.fast.to_str().encode()}
+    config = {"eos_token": "<|end|>", "chat_template": base.chat_template}
+    assert tokenizer_of({**files, "tokenizer_config.json": json.dumps(config).encode()}, base) is base
+    for change in ({"eos_token": "<|start|>"}, {"chat_template": TEMPLATE}):
+        changed = json.dumps({**config, **change}).encode()
+        assert tokenizer_of({**files, "tokenizer_config.json": changed}, base) is not base
+
+
 def test_no_class_and_no_code_is_taken_from_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     config = {
         "tokenizer_class": "os.system", "auto_map": {"AutoTokenizer": ["evil--tokenizer.Evil", None]},

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import KasaConfig
 from safetensors.torch import load_file
 
 from adapters.convert import convert_report
@@ -198,11 +199,12 @@ def test_pairs_are_told_by_a_map(base: Path, tmp_path: Path, capsys: pytest.Capt
     assert "stands twice" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("init", ["pissa", "olora", "kasa"])
 def test_an_adapter_that_changed_its_base_is_served_after_the_conversion(
     init: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_adapter(base, tmp_path / "in", target_modules=TARGETS, init_lora_weights=init)
+    how = {"kasa_config": KasaConfig()} if init == "kasa" else {"init_lora_weights": init}
+    save_adapter(base, tmp_path / "in", target_modules=TARGETS, **how)
     assert run(["check", str(tmp_path / "in"), "--model", str(base)]) == 1
     assert _convert(tmp_path / "in", tmp_path / "out", "--model", base, "--format", init) == 0
     assert run(["check", str(tmp_path / "out"), "--model", str(base)]) == 0

@@ -3,6 +3,7 @@
 import io
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ _INFO = EngineInfo(
     block_size=16,
     memory=EngineMemory(weights=2**28, kv_cache=2**30, lora_pools=2**29, num_blocks=100, lora_rows=512),
     weights=LiveWeights(lambda: nn.Linear(2, 2), "none"),
+    folder=Path(),
 )
 
 

@@ -144,7 +144,7 @@ def test_a_zip_that_grows_is_stopped_by_the_memory_limit(tmp_path: Path) -> None
         for name in source.namelist():
             data = source.read(name)
             target.writestr(name, bytes(3 << 30) if name.endswith("data/0") else data)
-    with pytest.raises(CannotConvert):
+    with pytest.raises(CannotConvert, match="allocate memory"):
         read_pickle(bomb)
 
 

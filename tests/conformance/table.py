@@ -1,14 +1,16 @@
-"""The table of cells in docs/adapters.md: `python -m tests.conformance.table` writes it, a test holds it current."""
+"""The tables of docs/adapters.md that are made from code: `python -m tests.conformance.table` writes them there, and a
+test holds them current.
+"""
 
 from pathlib import Path
 
 from adapters.errors import RefusalCode as Code
+from adapters.refusals import REFUSED_FIELDS, REFUSED_INITS, REFUSED_METHODS
 from tests.conformance.cells import ELSEWHERE, REFUSED, cell
 from tests.conformance.models import CONFIGS, REFUSED_BASES
 from tests.conformance.variants import SUMS, VARIANTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
-BEGIN, END = "<!-- conformance: begin -->", "<!-- conformance: end -->"
 SERVED, REFUSED_MARK, ABSENT = "●", "✕", "·"
 
 WHAT: dict[str, str] = {
@@ -120,12 +122,24 @@ def _mark(architecture: str, name: str) -> str:
     return ABSENT if found.absent is not None else SERVED if found.is_served else REFUSED_MARK
 
 
-def page_with(table: str) -> str:
-    """The page with the table in its place."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+def refusals() -> str:
+    """Fields, starts and methods that are refused for good, those of one reason in one row."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for refusal in (*REFUSED_FIELDS.values(), *REFUSED_INITS.values(), *REFUSED_METHODS.values()):
+        rows.setdefault((refusal.why, refusal.fix), []).append(f"`{refusal.feature}`")
+    lines = [f"| {', '.join(features)} | {why} | {fix} |" for (why, fix), features in rows.items()]
+    return "\n".join(["| Feature | Why | Fix |", "|---|---|---|", *lines])
+
+
+def page() -> str:
+    """The page with both tables in their places."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, made in (("conformance", table()), ("refusals", refusals())):
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{made}\n{end}{rest.partition(end)[2]}"
+    return text
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page_with(table()), encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")

@@ -17,7 +17,7 @@ from server.engine.base_model import ModelRefused, load_base_model
 from tests.conformance.batch import BASE, NUM_TOKENS, ROOMY, TIGHT, Served, World, check_row, effect_of, serve
 from tests.conformance.cells import FULL, NUM_ARCHITECTURES, NUM_EACH, cell, exists, selection
 from tests.conformance.models import CONFIGS, REFUSED_BASES, VOCAB, save
-from tests.conformance.table import PAGE, WHAT, page_with, table
+from tests.conformance.table import PAGE, WHAT, page
 from tests.conformance.traits import traits
 from tests.conformance.variants import SUMS, VARIANTS
 
@@ -115,10 +115,10 @@ def test_the_selection_covers_what_it_says() -> None:
         assert counts[name] >= min(NUM_ARCHITECTURES, possible) > 0, name
 
 
-def test_the_page_has_the_table() -> None:
-    """`python -m tests.conformance.table` writes it."""
+def test_the_page_has_the_tables() -> None:
+    """`python -m tests.conformance.table` writes them."""
     assert set(WHAT) == {*VARIANTS, *SUMS}
-    assert PAGE.read_text(encoding="utf-8") == page_with(table())
+    assert PAGE.read_text(encoding="utf-8") == page()
 
 
 @pytest.mark.parametrize("architecture", REFUSED_BASES)

@@ -6,13 +6,14 @@ read, and what really comes is counted as well. Runs in a worker thread. Knows n
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from adapters.adapter_folder import INDEX_NAMES, WEIGHTS_NAME, AdapterFolder
+from adapters import own_tokenizer
+from adapters.adapter_folder import INDEX_NAMES, MLX_WEIGHTS_NAME, WEIGHTS_NAME, AdapterFolder
 from adapters.errors import AdapterNotFound
 from adapters.lora_config import CONFIG_NAME, MAX_CONFIG_BYTES
 from adapters.weight_files import MAX_INDEX_BYTES, shard_names
@@ -20,7 +21,7 @@ from server.lifecycle.sources.disk import Disk, NewFile
 from server.lifecycle.sources.errors import AdapterSourceUnreachable, too_large
 
 CHUNK_BYTES = 1 << 20
-SMALL_FILES_BYTES = MAX_CONFIG_BYTES + MAX_INDEX_BYTES
+SMALL_FILES_BYTES = MAX_CONFIG_BYTES + MAX_INDEX_BYTES + len(own_tokenizer.NAMES) * own_tokenizer.MAX_BYTES
 """What may come beside the weights."""
 
 
@@ -76,24 +77,32 @@ class RemoteFolder(Protocol):
 
 
 def download_adapter(remote: RemoteFolder, into: Path, transfer: Transfer, disk: Disk) -> None:
-    """Config and weights, or the weights' index and shards. Raises AdapterError; then `into` holds a part of it."""
+    """Config, weights in one file or as index and shards, and a tokenizer if there is one. Raises AdapterError; then
+    `into` holds a part of it.
+    """
     _download(remote, CONFIG_NAME, into, transfer, disk, ("max_config_bytes", MAX_CONFIG_BYTES))
     weights_limit = ("max_adapter_bytes", transfer.max_bytes)
     try:
         _download(remote, WEIGHTS_NAME, into, transfer, disk, weights_limit)
     except AdapterNotFound:
-        if not _download_index(remote, into, transfer, disk):
+        if _has_one(remote, INDEX_NAMES, into, transfer, disk, ("max_index_bytes", MAX_INDEX_BYTES)):
+            with AdapterFolder.find(into) as folder:
+                shards = shard_names(folder)
+            for name in shards:
+                _download(remote, name, into, transfer, disk, weights_limit)
+        elif not _has_one(remote, [MLX_WEIGHTS_NAME], into, transfer, disk, weights_limit):
             raise
-        with AdapterFolder.find(into) as folder:
-            shards = shard_names(folder)
-        for name in shards:
-            _download(remote, name, into, transfer, disk, weights_limit)
+    for name in own_tokenizer.NAMES:
+        _has_one(remote, [name], into, transfer, disk, ("max_tokenizer_bytes", own_tokenizer.MAX_BYTES))
 
 
-def _download_index(remote: RemoteFolder, into: Path, transfer: Transfer, disk: Disk) -> bool:
-    for name in INDEX_NAMES:
+def _has_one(
+    remote: RemoteFolder, names: Iterable[str], into: Path, transfer: Transfer, disk: Disk, limit: tuple[str, int]
+) -> bool:
+    """Whether the first of these files that is there has come."""
+    for name in names:
         try:
-            _download(remote, name, into, transfer, disk, ("max_index_bytes", MAX_INDEX_BYTES))
+            _download(remote, name, into, transfer, disk, limit)
         except AdapterNotFound:
             continue
         return True

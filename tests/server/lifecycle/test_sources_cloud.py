@@ -158,7 +158,7 @@ async def test_gs_and_az_ask_their_stores(
         for path in bucket.iterdir()
         for at in ("/bucket", "/account/container")
     }
-    broken.fallback = lambda handler: files[unquote(handler.path)](handler)
+    broken.fallback = lambda handler: files.get(unquote(handler.path), status(404, b""))(handler)
     key = '{"gcs_base_url": "%s", "disable_oauth": true, "client_email": "", "private_key": "", "private_key_id": ""}'
     environment.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", key % broken.url)
     environment.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")

@@ -21,6 +21,7 @@ from adapters.adapter_ref import AdapterVersion
 from adapters.checkpoint import CheckpointLimits, load_lora_model
 from adapters.errors import AdapterError, AdapterNotFound, AdapterRefused, RefusalCode
 from adapters.lora_config import CONFIG_NAME
+from adapters.own_tokenizer import NAMES as TOKENIZER_NAMES
 from server.lifecycle.sources.disk import Disk
 from server.lifecycle.sources.errors import (
     AdapterSourceNotAllowed,
@@ -121,7 +122,7 @@ async def test_a_folder_of_a_web_server(world: World, monkeypatch: pytest.Monkey
             assert stat.S_IMODE((folder.path / name).stat().st_mode) == 0o600
         assert load_lora_model(folder, TINY_BASE, limits=LIMITS, dtype=torch.float32).model.version == wanted(world)
     assert world.left() == []
-    assert world.web.paths == [f"/allowed/a/{CONFIG_NAME}", f"/allowed/a/{WEIGHTS}"]
+    assert world.web.paths == [f"/allowed/a/{name}" for name in (CONFIG_NAME, WEIGHTS, *TOKENIZER_NAMES)]
     assert "hunter2" not in str(world.web.requests)
     total = sum((world.adapter / name).stat().st_size for name in (CONFIG_NAME, WEIGHTS))
     assert reports[-1] == (total, total)
@@ -495,3 +496,14 @@ async def test_descriptors_are_given_back(world: World) -> None:
             with pytest.raises(AdapterNotFound):
                 await world.load(source, sources)
     assert len(os.listdir("/proc/self/fd")) <= before + 4
+
+
+@pytest.mark.asyncio
+async def test_what_mlx_writes_and_a_tokenizer_are_fetched_too(world: World) -> None:
+    (world.adapter / WEIGHTS).rename(world.adapter / "adapters.safetensors")
+    (world.adapter / "chat_template.jinja").write_text("{{ messages }}")
+    world.web.serve(world.adapter, "/allowed/mlx")
+    async with world.sources().fetched(f"{world.web.url}/allowed/mlx", lambda *_: None) as folder:
+        names = {path.name for path in folder.path.iterdir()}
+    assert names == {CONFIG_NAME, "adapters.safetensors", "chat_template.jinja"}
+    assert world.left() == []

@@ -87,9 +87,9 @@ async def test_a_repo(hub: Hub) -> None:
     hub.publish(hub.place / "adapter", "org/repo")
     reports: list[tuple[int, int | None]] = []
     async with hub.sources().fetched("hf://org/repo", lambda *report: reports.append(report)) as folder:
-        assert {path.name for path in folder.path.iterdir()} == {CONFIG_NAME, WEIGHTS}
+        assert {path.name for path in folder.path.iterdir()} == {CONFIG_NAME, WEIGHTS, "tokenizer.json"}
     assert await hub.load("hf://org/repo") == wanted(hub)
-    total = sum((hub.place / "adapter" / name).stat().st_size for name in (CONFIG_NAME, WEIGHTS))
+    total = sum((hub.place / "adapter" / name).stat().st_size for name in (CONFIG_NAME, WEIGHTS, "tokenizer.json"))
     assert reports[-1] == (total, total)
 
 

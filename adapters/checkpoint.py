@@ -131,7 +131,7 @@ def _loaded(plan: LoadPlan, ran: Ran, recipe: Recipe) -> LoadedAdapter:
     model = LoRAModel(ran.version, ran.modules, features, norms, ran.extras)
     warnings = [
         *placed.warnings,
-        *absent_targets(recipe.scales.target_modules, [pair.pair.source for pair in placed.pairs]),
+        *absent_targets(recipe.scales.target_modules, placed.adapted),
     ]
     warnings += idle_modules(ran.modules, ran.idle, has_more=bool(ran.extras))
     num_params = sum(

@@ -86,6 +86,13 @@ class Placement:
         return not has_more and all(pair.is_copied for pair in self.pairs)
 
     @property
+    def adapted(self) -> list[str]:
+        """Modules with a pair or a vector, as the files or as the base call them."""
+        embedding = [] if self.embedding is None else [self.embedding.source]
+        pairs = [each.pair.source for each in self.pairs] + [each.pair.source for each in self.experts]
+        return [*pairs, *embedding, *(name for v in self.vectors for name in (v.name, v.name.rpartition(".")[0]))]
+
+    @property
     def needs_weights(self) -> bool:
         """Whether it is computed from the base's own weights."""
         has_gain = any(pair.pair.magnitude is not None for pair in self.pairs)

@@ -428,7 +428,7 @@ def one_module_renamed(d: Draft) -> None:
     d.write()
 
 
-@hostile(Code.UNSUPPORTED, "lm_head")
+@hostile(Code.SHAPE_MISMATCH, "lm_head")
 def lora_on_the_head(d: Draft) -> None:
     d.tensors = {f"{PREFIX}lm_head.lora_A.weight": np.ones((4, 8), np.float32)}
     d.tensors[f"{PREFIX}lm_head.lora_B.weight"] = np.ones((8, 4), np.float32)

@@ -16,10 +16,11 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from adapters.adapter_folder import AdapterFolder
+from adapters.base_walk import modules_of
 from adapters.checkpoint import CheckpointLimits, LoadedAdapter, load_lora_model
 from adapters.errors import AdapterNotFound, AdapterRefused, RefusalCode
 from adapters.lora_config import CONFIG_NAME, LoRAConfig
-from adapters.module_names import BaseModules, linears_of
+from adapters.module_names import BaseModules
 from adapters.name_patterns import NamePattern
 from tests.adapters.hostile import HOSTILE, WEIGHTS, HostileCase, draft, healthy, write_safetensors
 
@@ -42,7 +43,7 @@ def load(folder: Path, base: BaseModules, dtype: torch.dtype = torch.float32, **
 
 @pytest.fixture(scope="module")
 def base() -> BaseModules:
-    return linears_of(LlamaForCausalLM(LLAMA))
+    return modules_of(LlamaForCausalLM(LLAMA))
 
 
 def trained(model: nn.Module, config: LoraConfig, folder: Path) -> nn.Module:
@@ -94,7 +95,7 @@ def test_llama_deltas_equal_pefts(variant: str, tmp_path: Path, base: BaseModule
 def test_gpt2_deltas_equal_pefts(extra: dict[str, Any], tmp_path: Path) -> None:
     config = LoraConfig(r=4, lora_alpha=10, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, **extra)
     model = trained(GPT2LMHeadModel(GPT2), config, tmp_path)
-    check_against(peft_deltas(model), load(tmp_path, linears_of(GPT2LMHeadModel(GPT2))), is_transposed=True)
+    check_against(peft_deltas(model), load(tmp_path, modules_of(GPT2LMHeadModel(GPT2))), is_transposed=True)
 
 
 def check_against(oracle: dict[str, torch.Tensor], loaded: LoadedAdapter, *, is_transposed: bool) -> None:

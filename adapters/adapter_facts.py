@@ -14,7 +14,7 @@ from adapters.lora_model import LoRAModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterFacts:
-    lora_rank: int = 0  # the widest
+    num_rows: int = 1  # of the pools
     vocab_size: int | None = None  # None = the base's
     invocation_tokens: tuple[int, ...] = ()
     replaced: frozenset[str] = frozenset()
@@ -28,10 +28,11 @@ class AdapterFacts:
 NO_FACTS = AdapterFacts()
 
 
-def facts_of(model: LoRAModel) -> AdapterFacts:
+def facts_of(model: LoRAModel, num_rows: int) -> AdapterFacts:
+    """`num_rows`: what LoRALayers.rows_of says it takes."""
     extras = model.extras
     return AdapterFacts(
-        lora_rank=model.lora_rank,
+        num_rows=num_rows,
         vocab_size=extras.vocab_size,
         invocation_tokens=extras.invocation_tokens,
         replaced=extras.replaced,
@@ -58,10 +59,10 @@ def check_device_room(
     uses: Sequence[AdapterUse], facts: Mapping[AdapterVersion, AdapterFacts], num_rows: int, max_loras: int | None
 ) -> None:
     """Raises AdapterCapacity of adapters that do not fit into pools of `num_rows` ranks together, not even alone."""
-    lora_rank = sum(facts[use.version].lora_rank for use in uses)
-    if lora_rank > num_rows:
+    wanted = sum(facts[use.version].num_rows for use in uses)
+    if wanted > num_rows:
         raise AdapterCapacity(
-            f"the {len(uses)} adapters of this request have {lora_rank} ranks together, and all pools hold {num_rows}; "
+            f"the {len(uses)} adapters of this request take {wanted} ranks together, and all pools hold {num_rows}; "
             "name fewer, or restart with a larger --lora-memory"
         )
     if max_loras is not None and len(uses) > max_loras:

@@ -81,6 +81,7 @@ def load_lora_model(
                 max_full_bytes=limits.max_full_bytes,
                 progress=progress,
             )
+        _check_activated(ran)
         return _loaded(plan, _with_tokenizer(ran, own), recipe)
 
 
@@ -105,15 +106,33 @@ def _plan(
     return plans.plan((files.digest(), _plan_key(recipe), id(base), limits, dtype), make)
 
 
-def _plan_key(recipe: Recipe) -> Recipe:
-    """All that a plan hangs on. What is targeted the tensors say, and PEFT lists it in another order each time."""
-    return replace(recipe, scales=replace(recipe.scales, target_modules=(), base_model=None))
+def _plan_key(recipe: Recipe) -> bytes:
+    """Digest of all that a plan hangs on. What is targeted the tensors say, and PEFT lists it in another order each
+    time."""
+    own = replace(recipe, scales=replace(recipe.scales, target_modules=(), base_model=None))
+    what = (own.use_dora, own.modules_to_save, sorted(own.training_only), own.task_type)
+    wrote = (own.target_parameters, own.unsloth_fixed, own.peft_version)
+    return hashlib.sha256(own.canonical() + repr((what, wrote)).encode()).digest()
 
 
 def _canonical(recipe: Recipe, tokenizer: Mapping[str, bytes]) -> bytes:
     """Everything beside the tensors that an adapter is: the config, and a tokenizer of its own where it has one."""
     digests = "".join(f" {name} {hashlib.sha256(data).hexdigest()}" for name, data in sorted(tokenizer.items()))
     return recipe.canonical() + digests.encode()
+
+
+def _check_activated(ran: Ran) -> None:
+    """PEFT begins with the pairs of an activated adapter at its invocation, and with everything else at once; what is
+    shared with the base before the invocation would not be the base's."""
+    extras = ran.extras
+    if extras.invocation_tokens and (extras.vocab_size is not None or any(True for _ in extras.tensors())):
+        what = sorted(extras.replaced or {"embedding, biases or norms"})[0]
+        raise AdapterRefused(
+            RefusalCode.UNSUPPORTED,
+            f"the adapter is activated at tokens of the prompt and changes {what} besides, which would act before",
+            "Train activated LoRA on linear modules alone",
+            feature="alora_invocation_tokens",
+        )
 
 
 def _with_tokenizer(ran: Ran, tokenizer: Mapping[str, bytes]) -> Ran:

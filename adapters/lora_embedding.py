@@ -35,6 +35,8 @@ class EmbeddingSite:
         y_rows, ids = y.view(-1, self._shape.width), _own_ids(ids.reshape(-1), batch)
         if len(ids) != extras.num_tokens:
             raise RuntimeError(f"{len(ids)} ids were looked up in a step of {extras.num_tokens} tokens")
+        if batch.foreign_ids:  # the base has no such rows: what it looked up instead is not its own
+            y_rows[[token for token, _ in batch.foreign_ids]] = 0
         scale = torch.tensor(self._shape.scale, dtype=y.dtype, device=y.device)
 
         def own(start: int, rows: Tensor) -> Tensor | None:

@@ -6,7 +6,7 @@ one input share one operation (lora_group.py). What adapters change beside linea
 nothing of requests, versions or eviction: row ranges come from outside.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +36,7 @@ class LoRALayers:
     def __init__(self, model: nn.Module, base: BaseModules, *, num_rows: int, ops: LoRAOps) -> None:
         if num_rows < 1:
             raise ValueError(f"LoRA pools of {num_rows} rows hold no adapter: raise the memory for LoRA")
-        self._shapes = _pooled(base)
+        self._shapes = pooled_linears(base)
         linears = {name: _linear(model, name, shape) for name, shape in self._shapes.items()}
         self.num_rows = num_rows
         self.ops = ops
@@ -62,7 +62,7 @@ class LoRALayers:
     @staticmethod
     def bytes_per_row(base: BaseModules, dtype: torch.dtype) -> int:
         """Pool bytes that one rank of an adapter takes over all modules."""
-        return sum(shape.in_features + shape.out_features for shape in _pooled(base).values()) * dtype.itemsize
+        return sum(shape.in_features + shape.out_features for shape in pooled_linears(base).values()) * dtype.itemsize
 
     @property
     def pools(self) -> list[Tensor]:
@@ -70,12 +70,7 @@ class LoRALayers:
         return [pool for group in self._groups for pool in (group.pools.a_pool, *group.pools.b_pools)]
 
     def rows_of(self, model: LoRAModel) -> int:
-        """Pool rows that an adapter takes: its widest rank in a module with pools, and one at least, which stands for
-        it."""
-        if all(name in self._shapes for name in model.modules):
-            return max(1, model.lora_rank)
-        ranks = (weights.lora_rank for name, weights in model.modules.items() if name in self._shapes)
-        return max([1, *ranks])
+        return rows_of(model, self._shapes)
 
     def applied(self, model: LoRAModel) -> AppliedExtras | None:
         """What `write` is to be given for an adapter, beside itself. ValueError when it does not fit the base."""
@@ -198,7 +193,15 @@ class _Written:
     num_rows: int
 
 
-def _pooled(base: BaseModules) -> Mapping[str, LinearShape]:
+def rows_of(model: LoRAModel, pooled: Container[str]) -> int:
+    """Pool rows that an adapter takes: its widest rank in a module with pools, one at least, which stands for it."""
+    if all(name in pooled for name in model.modules):
+        return max(1, model.lora_rank)
+    ranks = (weights.lora_rank for name, weights in model.modules.items() if name in pooled)
+    return max([1, *ranks])
+
+
+def pooled_linears(base: BaseModules) -> Mapping[str, LinearShape]:
     """The linears that have pools: all but the head, whose wide B would cost every adapter as much."""
     head = None if base.head is None else base.head.name
     return {name: shape for name, shape in base.linears.items() if name != head}

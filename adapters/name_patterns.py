@@ -10,6 +10,7 @@ and lookarounds are refused by name. Knows nothing of ranks, scales or tensors.
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Generic, TypeVar
 
 from adapters.errors import AdapterRefused, RefusalCode
@@ -160,17 +161,23 @@ def _fixed_tail(atoms: Sequence[_Atom]) -> str:
     return tail
 
 
+@cache
+def _only(char: str) -> frozenset[str]:
+    """One set for each character: a table of patterns has a million of them."""
+    return frozenset(char)
+
+
 def _parse_atom(body: str, i: int, field: str, source: str) -> tuple[frozenset[str] | None, int]:
     char = body[i]
     if char == ".":
         return None, i + 1
     if char in _LITERALS:
-        return frozenset(char), i + 1
+        return _only(char), i + 1
     escaped = body[i + 1 : i + 2]
     if char == "\\" and escaped in _CLASSES:
         return _CLASSES[escaped], i + 2
     if char == "\\" and escaped in _ESCAPABLE:
-        return frozenset(escaped), i + 2
+        return _only(escaped), i + 2
     raise _refused(field, source, f"regular expressions from a file are not run, and {shown(char)!r} is not plain")
 
 

@@ -55,15 +55,15 @@ def _vocabularies(placed: Placement, entries: Mapping[str, TensorEntry], base: B
 
 def _require_new_rows(part: Part, placed: Placement, size: int, base: BaseModules, tensor: str) -> None:
     """Tokens that the base does not have need rows of their own, in the embedding and in the head."""
-    new = set(range(num_rows_of(part, base), size))
-    for rows in placed.rows:
-        if rows.part == part:
-            new = set() if rows.ids is None else new - set(rows.ids)
-    if new:
+    own = num_rows_of(part, base)
+    brought = {token for rows in placed.rows if rows.part == part for token in rows.ids or () if token >= own}
+    is_whole = any(rows.part == part and rows.ids is None for rows in placed.rows)
+    num_missing = 0 if is_whole else size - own - len(brought)
+    if num_missing:
         raise AdapterRefused(
             RefusalCode.INCOMPLETE_PAIR,
             f"the vocabulary has {size} tokens, the base {num_rows_of(part, base)}, and the {part} has no rows for "
-            f"{len(new)} of them",
+            f"{num_missing} of them",
             "Save the adapter with save_embedding_layers=True",
             feature="save_embedding_layers",
             tensor=tensor,

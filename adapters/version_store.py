@@ -33,9 +33,12 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def base_key(base: BaseModules, dtype: torch.dtype) -> str:
-    """Which prepared adapters fit: the SHA-256 over the names and shapes of the base's linears, and the dtype."""
-    linears = sorted((name, shape.in_features, shape.out_features) for name, shape in base.linears.items())
-    return hashlib.sha256(json.dumps([str(dtype), linears]).encode()).hexdigest()
+    """Which prepared adapters fit: the SHA-256 over names and shapes of all that adapters change in the base, and the
+    dtype."""
+    tables = (base.linears, base.norms, base.experts, base.routers, base.fused)
+    parts = [sorted((name, str(shape)) for name, shape in table.items()) for table in tables]
+    rest = [str(dtype), str(base.embedding), str(base.head), sorted(base.biased)]
+    return hashlib.sha256(json.dumps([rest, parts]).encode()).hexdigest()
 
 
 class VersionStore:

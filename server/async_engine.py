@@ -22,6 +22,7 @@ import torch
 from adapters.adapter_facts import AdapterFacts, check_device_room, facts_of
 from adapters.adapter_ref import AdapterVersion
 from adapters.base_weights import BaseWeights
+from adapters.lora_layers import pooled_linears, rows_of
 from adapters.lora_model import LoRAModel
 from adapters.module_names import BaseModules
 from server.config import SchedulerConfig
@@ -83,6 +84,7 @@ class AsyncEngine:
         )
         self.stats = EngineStats()
         self.facts: dict[AdapterVersion, AdapterFacts] = {}  # of the versions in host memory, or on their way there
+        self._pooled = pooled_linears(base.modules)
         self._max_loras = engine.adapters.pool.max_loras
         self._max_live = limits.max_num_seqs + limits.max_waiting
         self._streams: dict[str, RequestStream] = {}
@@ -150,7 +152,7 @@ class AsyncEngine:
         if self._is_draining:
             raise Unavailable("the server is shutting down")
         loading = self._ask(lambda done: LoadAdapter(model, done))
-        self.facts[model.version] = facts_of(model)
+        self.facts[model.version] = facts_of(model, rows_of(model, self._pooled))
         return loading
 
     def unload_adapter(self, version: AdapterVersion) -> Awaitable[None]:

@@ -109,7 +109,7 @@ def _requests(context: ServerContext, hold: AdapterHold, vocabulary: Vocabulary,
             sampling_params=with_seed(prompt.params, spec.seed, choice),
             stop_ids=eos | frozenset(prompt.params.stop_token_ids),
             adapters=uses[at],
-            num_token_ids=None if vocabulary.is_base else vocabulary.size,
+            num_token_ids=None if vocabulary.size == context.engine.info.vocab_size else vocabulary.size,
             arrival_time=time.monotonic(),
         )
         for at, prompt in enumerate(spec.prompts)

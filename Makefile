@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 SERVE_ARGS ?=
 BENCH_ARGS ?=
 CHURN_ARGS ?=
@@ -28,7 +29,7 @@ serve: setup
 	$(BIN)/loramux serve $(SERVE_ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 # Every architecture with every kind of adapter, against PEFT; `make test` takes a selection.
 conformance: setup

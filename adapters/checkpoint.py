@@ -26,6 +26,7 @@ from adapters.lora_model import LoRAModel
 from adapters.module_names import BaseModules
 from adapters.own_tokenizer import OwnTokenizers
 from adapters.packed_modules import kind_of
+from adapters.place_experts import EXPANSION
 from adapters.placement import place
 from adapters.plan_cache import PlanCache
 from adapters.propose import propose
@@ -41,6 +42,11 @@ class CheckpointLimits:
     max_lora_rank: int
     max_adapter_bytes: int  # of its weight files
     max_full_bytes: int = 512 << 20  # of embedding and head that it brings whole, in the compute dtype
+
+    @property
+    def max_expert_bytes(self) -> int:
+        """Of pairs of fused experts as prepared."""
+        return EXPANSION * self.max_adapter_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +101,14 @@ def _plan(
     def make() -> LoadPlan:
         table = read_table(files)
         proposal = propose(recipe, table.entries)
-        limit, declared = limits.max_lora_rank, recipe.scales.base_model
-        placement = place(proposal, table.entries, base, max_lora_rank=limit, base_model=declared)
+        placement = place(
+            proposal,
+            table.entries,
+            base,
+            max_lora_rank=limits.max_lora_rank,
+            max_expert_bytes=limits.max_expert_bytes,
+            base_model=recipe.scales.base_model,
+        )
         return plan_load(placement, table, base, dtype)
 
     if plans is None:

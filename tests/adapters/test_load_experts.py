@@ -1,0 +1,110 @@
+"""Adapters of fused experts and of routers, loaded from folders that PEFT wrote or that hold every expert apart: what
+they may take, what is refused, what the report says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adapters.base_walk import modules_of
+from adapters.checkpoint import CheckpointLimits, LoadedAdapter, load_lora_model
+from adapters.errors import AdapterRefused, RefusalCode
+from tests.adapters.test_experts import MODELS, E, H, M, fresh
+
+LAYER = "base_model.model.model.layers.0.mlp"
+LIMITS = CheckpointLimits(max_lora_rank=8, max_adapter_bytes=1 << 20)
+R = 4
+WIDTHS = {"gate_proj": (H, M), "w1": (H, M), "up_proj": (H, M), "w3": (H, M), "down_proj": (M, H)}
+
+
+def load(folder: Path, name: str, **settings: Any) -> LoadedAdapter:
+    settings = {"limits": LIMITS, "dtype": torch.float32} | settings
+    return load_lora_model(folder, modules_of(fresh(MODELS[name])), **settings)
+
+
+def single(*linears: str, rank: int = R, value: float = 1.0) -> dict[str, Tensor]:
+    """Pairs of single experts, "0.gate_proj"."""
+    tensors = {}
+    for linear in linears:
+        width, out = WIDTHS[linear.partition(".")[2]]
+        tensors[f"{LAYER}.experts.{linear}.lora_A.weight"] = torch.full((rank, width), value, dtype=torch.bfloat16)
+        tensors[f"{LAYER}.experts.{linear}.lora_B.weight"] = torch.full((out, rank), value, dtype=torch.bfloat16)
+    return tensors
+
+
+def saved(folder: Path, tensors: dict[str, Tensor], **fields: Any) -> Path:
+    config = {"peft_type": "LORA", "r": R, "lora_alpha": R, "target_modules": ["q_proj"], **fields}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, str(folder / "adapter_model.safetensors"))
+    return folder
+
+
+def refusal_of(folder: Path, **settings: Any) -> AdapterRefused:
+    with pytest.raises(AdapterRefused) as refused:
+        load(folder, "qwen3_moe", **settings)
+    return refused.value
+
+
+def trained(name: str, folder: Path, *targets: str) -> Any:
+    """A PEFT model whose pairs are all moved, and which is saved."""
+    config = LoraConfig(r=R, lora_alpha=10, target_modules=[], target_parameters=list(targets))
+    model = get_peft_model(fresh(MODELS[name]), config)
+    torch.manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.1 * torch.randn(parameter.shape)
+    model.save_pretrained(str(folder))
+    return model
+
+
+def test_what_one_expert_makes_room_for_is_refused_by_shapes(tmp_path: Path) -> None:
+    """All experts have room, whose bytes are settled before any is allocated."""
+    folder = saved(tmp_path, single("0.gate_proj", "1.up_proj", "1.down_proj"))
+    wanted = 4 * E * (2 * R * (H + 2 * M) + R * (M + H))  # float32
+    assert load(folder, "qwen3_moe").model.extras.num_bytes == wanted
+    assert wanted > sum(file.stat().st_size for file in folder.glob("*.safetensors")), "it is no test of expansion"
+    load(folder, "qwen3_moe", limits=CheckpointLimits(max_lora_rank=R, max_adapter_bytes=wanted // 4))
+    refused = refusal_of(folder, limits=CheckpointLimits(max_lora_rank=R, max_adapter_bytes=wanted // 4 - 1))
+    assert (refused.reason, refused.feature) == (RefusalCode.TOO_LARGE, "experts")
+    assert f"{wanted} bytes" in refused.why and str(wanted - 4) in refused.why
+    assert f"--max-adapter-bytes {wanted // 4} " in refused.fix
+
+
+def test_each_projection_obeys_the_rank_limit_and_their_product_may_be_of_twice(tmp_path: Path) -> None:
+    folder = saved(tmp_path, single("0.gate_proj", "0.up_proj"))
+    exact = CheckpointLimits(max_lora_rank=R, max_adapter_bytes=1 << 20)
+    (pairs,) = load(folder, "qwen3_moe", limits=exact).model.extras.experts.values()
+    assert pairs.gate_up is not None and pairs.gate_up.a.shape == (E, 2 * R, H)
+    refused = refusal_of(folder, limits=CheckpointLimits(max_lora_rank=R - 1, max_adapter_bytes=1 << 20))
+    assert (refused.reason, refused.feature) == (RefusalCode.TOO_LARGE, "max_lora_rank")
+
+
+def test_single_experts_in_bfloat16_are_scaled_in_float32(tmp_path: Path) -> None:
+    folder = saved(tmp_path, single("2.gate_proj", "2.down_proj", value=1.1), lora_alpha=R * 1.3)
+    (wide,) = load(folder, "qwen3_moe").model.extras.experts.values()
+    (narrow,) = load(folder, "qwen3_moe", dtype=torch.bfloat16).model.extras.experts.values()
+    for of_wide, of_narrow in ((wide.gate_up, narrow.gate_up), (wide.down, narrow.down)):
+        assert of_wide is not None and of_narrow is not None and of_wide.b.any()
+        assert torch.equal(of_wide.a.bfloat16(), of_narrow.a) and torch.equal(of_wide.b.bfloat16(), of_narrow.b)
+
+
+def test_two_spellings_of_one_projection_are_refused(tmp_path: Path) -> None:
+    refused = refusal_of(saved(tmp_path, single("0.gate_proj", "0.up_proj") | single("0.w1", value=5.0)))
+    assert refused.reason is RefusalCode.AMBIGUOUS_LAYOUT
+    assert refused.tensor is not None and refused.tensor.startswith(f"{LAYER}.experts.0.")
+    assert "experts.0 (gate)" in refused.why
+
+
+def test_an_index_has_one_spelling(tmp_path: Path) -> None:
+    name = f"{LAYER}.experts.00.gate_proj"
+    odd = {key.replace(f"{LAYER}.experts.0.gate_proj", name): v for key, v in single("0.gate_proj", value=5.0).items()}
+    assert len(odd) == 2 and all(key.startswith(name) for key in odd)
+    for tensors in (odd, single("0.gate_proj") | odd):
+        refused = refusal_of(saved(tmp_path, tensors))
+        assert refused.reason in (RefusalCode.KEY_UNMATCHED, RefusalCode.UNSUPPORTED), refused
+        assert name in (refused.tensor or ""), refused

@@ -20,7 +20,16 @@ from adapters.base_weights import BaseWeights
 from adapters.errors import AdapterRefused, RefusalCode
 from adapters.header_table import read_table
 from adapters.load_plan import LoadPlan, plan_load
-from adapters.load_report import LoadReport, absent_targets, embedding_norm, idle_modules, norms_by_kind, report_of
+from adapters.load_report import (
+    LoadReport,
+    absent_targets,
+    embedding_norm,
+    expert_norm,
+    has_effect,
+    idle_modules,
+    norms_by_kind,
+    report_of,
+)
 from adapters.lora_config import CONFIG_NAME, MAX_CONFIG_BYTES
 from adapters.lora_model import LoRAModel
 from adapters.module_names import BaseModules
@@ -137,20 +146,26 @@ def _with_tokenizer(ran: Ran, tokenizer: Mapping[str, bytes]) -> Ran:
 
 def _loaded(plan: LoadPlan, ran: Ran, recipe: Recipe) -> LoadedAdapter:
     placed = plan.placement
-    own = ("tokenizer",) if ran.extras.tokenizer_files else ()
-    features = (*placed.features, *own, *((f"renamed: {placed.rewrite}",) if placed.rewrite else ()))
+    found = {
+        "experts": bool(ran.extras.experts),
+        "router": any(name in plan.base.routers for name in ran.modules),
+        "tokenizer": bool(ran.extras.tokenizer_files),
+        f"renamed: {placed.rewrite}": bool(placed.rewrite),
+    }
+    features = (*placed.features, *(feature for feature, is_there in found.items() if is_there))
     norms = _checked_norms(ran, plan.base)
     model = LoRAModel(ran.version, ran.modules, features, norms, ran.extras)
     warnings = [
         *placed.warnings,
         *absent_targets(recipe.scales.target_modules, placed.adapted),
     ]
-    warnings += idle_modules(ran.modules, ran.idle, has_more=bool(ran.extras))
+    warnings += idle_modules(ran.modules, ran.idle, has_more=has_effect(ran.extras))
     num_params = sum(
         place.lora_rank * (place.in_features + place.out_features) for place in plan.layout.places.values()
     )
     report = report_of(
         model,
+        routers=plan.base.routers,
         num_params=num_params + sum(tensor.numel() for tensor in ran.extras.tensors()),
         base_model=recipe.scales.base_model,
         stored_dtypes=(stored.entry.dtype for stored in plan.tensors.values()),
@@ -164,6 +179,8 @@ def _checked_norms(ran: Ran, base: BaseModules) -> Mapping[str, float]:
     norms = norms_by_kind(ran.norms)
     if ran.extras.embedding is not None and ran.extras.embedding.lora_a is not None and base.embedding is not None:
         norms[kind_of(base.embedding.name)] = embedding_norm(ran.extras.embedding)
+    if ran.extras.experts:
+        norms["experts"] = expert_norm(ran.extras.experts)
     for kind, norm in norms.items():
         if not math.isfinite(norm):
             raise AdapterRefused(

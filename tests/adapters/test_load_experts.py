@@ -23,8 +23,8 @@ WIDTHS = {"gate_proj": (H, M), "w1": (H, M), "up_proj": (H, M), "w3": (H, M), "d
 
 
 def load(folder: Path, name: str, **settings: Any) -> LoadedAdapter:
-    settings = {"limits": LIMITS, "dtype": torch.float32} | settings
-    return load_lora_model(folder, modules_of(fresh(MODELS[name])), **settings)
+    chosen: dict[str, Any] = {"limits": LIMITS, "dtype": torch.float32} | settings
+    return load_lora_model(folder, modules_of(fresh(MODELS[name])), **chosen)
 
 
 def single(*linears: str, rank: int = R, value: float = 1.0) -> dict[str, Tensor]:
@@ -108,3 +108,73 @@ def test_an_index_has_one_spelling(tmp_path: Path) -> None:
         refused = refusal_of(saved(tmp_path, tensors))
         assert refused.reason in (RefusalCode.KEY_UNMATCHED, RefusalCode.UNSUPPORTED), refused
         assert name in (refused.tensor or ""), refused
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_pefts_experts_are_reported(name: str, tmp_path: Path) -> None:
+    model = trained(name, tmp_path, "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    report = load(tmp_path, name).report
+    wrappers = [module for module in model.modules() if hasattr(module, "parameter_name")]
+    squares = [wrapper.get_delta_weight("default").detach().square().sum() for wrapper in wrappers]
+    assert len(squares) == 2
+    assert report.delta_norms == {"experts": pytest.approx(float(sum(squares)) ** 0.5, rel=1e-5)}
+    assert report.parts == {"experts": 2}
+    assert report.part_bytes == {"experts": 4 * E * R * (H + 2 * M + M + H)} == {"experts": report.num_bytes}
+    assert "experts" in report.features and "router" not in report.features
+    assert not [warning for warning in report.warnings if "no effect" in warning]
+
+
+def test_norms_of_experts_are_summed_over_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = saved(tmp_path, single("0.gate_proj") | single("3.down_proj", value=2.0))
+    wanted = (R**2 * H * M + (4 * R) ** 2 * H * M) ** 0.5  # of all ones, and of all twos: ΔW is r and 4r everywhere
+    for at_once in (1, 1 << 20):
+        monkeypatch.setattr("adapters.load_report._AT_ONCE", at_once)
+        assert load(folder, "qwen3_moe").report.delta_norms["experts"] == pytest.approx(wanted)
+
+
+def test_routers_are_reported(tmp_path: Path) -> None:
+    tensors = {f"{LAYER}.gate.lora_A.weight": torch.ones(R, H), f"{LAYER}.gate.lora_B.weight": torch.ones(E, R)}
+    report = load(saved(tmp_path, tensors, target_modules=["gate"]), "qwen3_moe").report
+    assert (report.parts, report.part_bytes) == ({"routers": 1}, {"routers": 4 * R * (H + E)})
+    assert "router" in report.features and "experts" not in report.features
+    assert report.delta_norms == {"gate": pytest.approx(R * (H * E) ** 0.5)}
+
+
+def zeroed(tensors: dict[str, Tensor], half: str) -> dict[str, Tensor]:
+    return {key: torch.zeros_like(value) if f"lora_{half}" in key else value for key, value in tensors.items()}
+
+
+EMBEDDING = {
+    "base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(R, 96),
+    "base_model.model.model.embed_tokens.lora_embedding_B": torch.ones(H, R),
+}
+LINEAR = {
+    "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(R, H),
+    "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": torch.ones(H, R),
+}
+NORM = {"base_model.model.model.norm.weight": torch.ones(H)}
+ALL = {**single("0.gate_proj", "1.down_proj"), **EMBEDDING, **LINEAR}
+NONE = zeroed(zeroed(ALL, "B"), "embedding_B")
+IDLE: dict[str, tuple[dict[str, Tensor], bool]] = {
+    "experts": (zeroed(single("0.gate_proj"), "B"), True),
+    "experts by A": (zeroed(single("0.gate_proj"), "A"), True),
+    "embedding": (zeroed(EMBEDDING, "embedding_B"), True),
+    "all": (NONE, True),
+    "but one expert": (NONE | single("1.down_proj", value=1e-30), False),
+    "but the embedding": (NONE | EMBEDDING, False),
+    "but a linear": (NONE | LINEAR, False),
+    "but a norm": (NONE | NORM, False),
+}
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_an_adapter_that_changes_nothing_is_said_to(case: str, tmp_path: Path) -> None:
+    tensors, is_idle = IDLE[case]
+    more = {"modules_to_save": ["norm"]} if "norm" in case else {}
+    report = load(saved(tmp_path, tensors, **more), "qwen3_moe").report
+    assert ("every pair is zero: the adapter has no effect" in report.warnings) == is_idle, report.warnings
+
+
+def test_experts_whose_change_overflows_are_refused(tmp_path: Path) -> None:
+    refused = refusal_of(saved(tmp_path, single("0.gate_proj", value=1e25)))
+    assert (refused.reason, refused.tensor) == (RefusalCode.NONFINITE, "experts")

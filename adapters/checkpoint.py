@@ -20,12 +20,22 @@ from adapters.base_weights import BaseWeights
 from adapters.errors import AdapterRefused, RefusalCode
 from adapters.header_table import read_table
 from adapters.load_plan import LoadPlan, plan_load
-from adapters.load_report import LoadReport, absent_targets, embedding_norm, idle_modules, norms_by_kind, report_of
+from adapters.load_report import (
+    LoadReport,
+    absent_targets,
+    embedding_norm,
+    expert_norm,
+    has_effect,
+    idle_modules,
+    norms_by_kind,
+    report_of,
+)
 from adapters.lora_config import CONFIG_NAME, MAX_CONFIG_BYTES
 from adapters.lora_model import LoRAModel
 from adapters.module_names import BaseModules
 from adapters.own_tokenizer import OwnTokenizers
 from adapters.packed_modules import kind_of
+from adapters.place_experts import EXPANSION
 from adapters.placement import place
 from adapters.plan_cache import PlanCache
 from adapters.propose import propose
@@ -41,6 +51,11 @@ class CheckpointLimits:
     max_lora_rank: int
     max_adapter_bytes: int  # of its weight files
     max_full_bytes: int = 512 << 20  # of embedding and head that it brings whole, in the compute dtype
+
+    @property
+    def max_expert_bytes(self) -> int:
+        """Of pairs of fused experts as prepared."""
+        return EXPANSION * self.max_adapter_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +111,14 @@ def _plan(
     def make() -> LoadPlan:
         table = read_table(files)
         proposal = propose(recipe, table.entries)
-        limit, declared = limits.max_lora_rank, recipe.scales.base_model
-        placement = place(proposal, table.entries, base, max_lora_rank=limit, base_model=declared)
+        placement = place(
+            proposal,
+            table.entries,
+            base,
+            max_lora_rank=limits.max_lora_rank,
+            max_expert_bytes=limits.max_expert_bytes,
+            base_model=recipe.scales.base_model,
+        )
         return plan_load(placement, table, base, dtype)
 
     if plans is None:
@@ -144,20 +165,26 @@ def _with_tokenizer(ran: Ran, tokenizer: Mapping[str, bytes]) -> Ran:
 
 def _loaded(plan: LoadPlan, ran: Ran, recipe: Recipe) -> LoadedAdapter:
     placed = plan.placement
-    own = ("tokenizer",) if ran.extras.tokenizer_files else ()
-    features = (*placed.features, *own, *((f"renamed: {placed.rewrite}",) if placed.rewrite else ()))
+    found = {
+        "experts": bool(ran.extras.experts),
+        "router": any(name in plan.base.routers for name in ran.modules),
+        "tokenizer": bool(ran.extras.tokenizer_files),
+        f"renamed: {placed.rewrite}": bool(placed.rewrite),
+    }
+    features = (*placed.features, *(feature for feature, is_there in found.items() if is_there))
     norms = _checked_norms(ran, plan.base)
     model = LoRAModel(ran.version, ran.modules, features, norms, ran.extras)
     warnings = [
         *placed.warnings,
         *absent_targets(recipe.scales.target_modules, placed.adapted),
     ]
-    warnings += idle_modules(ran.modules, ran.idle, has_more=bool(ran.extras))
+    warnings += idle_modules(ran.modules, ran.idle, has_more=has_effect(ran.extras))
     num_params = sum(
         place.lora_rank * (place.in_features + place.out_features) for place in plan.layout.places.values()
     )
     report = report_of(
         model,
+        routers=plan.base.routers,
         num_params=num_params + sum(tensor.numel() for tensor in ran.extras.tensors()),
         base_model=recipe.scales.base_model,
         stored_dtypes=(stored.entry.dtype for stored in plan.tensors.values()),
@@ -171,6 +198,8 @@ def _checked_norms(ran: Ran, base: BaseModules) -> Mapping[str, float]:
     norms = norms_by_kind(ran.norms)
     if ran.extras.embedding is not None and ran.extras.embedding.lora_a is not None and base.embedding is not None:
         norms[kind_of(base.embedding.name)] = embedding_norm(ran.extras.embedding)
+    if ran.extras.experts:
+        norms["experts"] = expert_norm(ran.extras.experts)
     for kind, norm in norms.items():
         if not math.isfinite(norm):
             raise AdapterRefused(

@@ -72,9 +72,13 @@ def _by_expert(lora_b: Tensor, num_experts: int, layout: BLayout) -> Tensor:
 
 
 def joined(
-    parts: Mapping[tuple[int, Projection], tuple[Tensor, Tensor, float]], experts: ExpertsShape, *, is_down: bool
+    parts: Mapping[tuple[int, Projection], tuple[Tensor, Tensor, float]],
+    experts: ExpertsShape,
+    *,
+    is_down: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> ExpertPair:
-    """Pairs of single experts' projections as one pair of the fused product, in float32.
+    """Pairs of single experts' projections as one pair of the fused product, scaled in float32, kept in `dtype`.
 
     (expert, projection) → A [r, in], B [out, r], scale: what is not there is zero, ranks are filled up to the widest.
     gate and up keep ranks of their own, since each has its own A.
@@ -82,8 +86,8 @@ def joined(
     product = product_of(experts, is_down=is_down)
     kinds: Sequence[Projection] = ("down",) if is_down else ("gate", "up")
     widths = [max((a.shape[0] for (_, of), (a, _, _) in parts.items() if of == kind), default=0) for kind in kinds]
-    joint_a = torch.zeros(experts.num_experts, sum(widths), product.in_features)
-    joint_b = torch.zeros(experts.num_experts, sum(widths), product.out_features)
+    joint_a = torch.zeros(experts.num_experts, sum(widths), product.in_features, dtype=dtype)
+    joint_b = torch.zeros(experts.num_experts, sum(widths), product.out_features, dtype=dtype)
     for (expert, kind), (a, b, scale) in parts.items():
         first = sum(widths[: kinds.index(kind)])
         ranks = slice(first, first + a.shape[0])

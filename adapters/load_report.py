@@ -6,19 +6,20 @@ change is. Knows nothing of files.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from adapters.adapter_extras import AdapterExtras, EmbeddingAdapter
+from adapters.adapter_extras import AdapterExtras, EmbeddingAdapter, ExpertPair, ExpertPairs
 from adapters.lora_model import LoRAModel, LoRAWeights
 from adapters.packed_modules import kind_of
 from adapters.tensor_runs import NormGroup, grams
 from adapters.untrusted_json import shown
 
 _MAX_NAMED = 5
+_AT_ONCE = 1 << 20  # elements of experts that are converted together: 4 MiB in float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,16 +105,34 @@ def embedding_norm(embedding: EmbeddingAdapter) -> float:
     return math.sqrt(square) if square > 0 else float(square)
 
 
+def expert_norm(experts: Mapping[str, ExpertPairs]) -> float:
+    """‖ΔW‖_F over all products of all experts, each b_eᵀ a_e, from [r, r] products as in `module_norms`."""
+    total = 0.0
+    for pair in _pairs_of(experts):
+        at_once = max(1, _AT_ONCE // max(pair.a[0].numel(), pair.b[0].numel(), 1))
+        for some_a, some_b in zip(pair.a.split(at_once), pair.b.split(at_once), strict=True):  # [n, r, in], [n, r, out]
+            lora_a, lora_b = some_a.float(), some_b.float()
+            gram_a, gram_b = lora_a @ lora_a.transpose(1, 2), lora_b @ lora_b.transpose(1, 2)  # [n, r, r]
+            total += float((gram_a.double() * gram_b.double()).sum((1, 2)).clamp_(min=0.0).sum())
+    return math.sqrt(total)
+
+
+def _pairs_of(experts: Mapping[str, ExpertPairs]) -> list[ExpertPair]:
+    return [pair for of in experts.values() for pair in (of.gate_up, of.down) if pair is not None]
+
+
 def report_of(
     model: LoRAModel,
     *,
+    routers: Collection[str],
     num_params: int,
     base_model: str | None,
     stored_dtypes: Iterable[str],
     warnings: Sequence[str],
     dropped: Sequence[str] = (),
 ) -> LoadReport:
-    counts, parts = Counter(kind_of(name) for name in model.modules), _parts_of(model.extras)
+    """`routers`: the modules of the base that are."""
+    counts, parts = Counter(kind_of(name) for name in model.modules), _parts_of(model, routers)
     return LoadReport(
         modules=dict(sorted(counts.items())),
         num_params=num_params,
@@ -132,13 +151,17 @@ def report_of(
     )
 
 
-def _parts_of(extras: AdapterExtras) -> dict[str, tuple[int, int]]:
-    """Part → how many of it and their bytes; those that there are."""
+def _parts_of(model: LoRAModel, routers: Collection[str]) -> dict[str, tuple[int, int]]:
+    """Part → how many of it and their bytes; those that there are. Of experts, a product of all of them is one."""
+    extras, experts = model.extras, _pairs_of(model.extras.experts)
+    of_routers = [model.modules[name] for name in model.modules if name in routers]
     found: dict[str, tuple[int, list[Tensor | None]]] = {
         "gains": (len(extras.gains), [*extras.gains.values()]),
         "input_scales": (len(extras.input_scales), [*extras.input_scales.values()]),
         "biases": (len(extras.biases), [*extras.biases.values()]),
         "norms": (len(extras.norms), [*extras.norms.values()]),
+        "experts": (len(experts), [tensor for pair in experts for tensor in (pair.a, pair.b)]),
+        "routers": (len(of_routers), [tensor for pair in of_routers for tensor in (pair.lora_a, pair.lora_b)]),
     }
     if (embedding := extras.embedding) is not None:
         found["embedding_lora"] = (int(embedding.lora_a is not None), [embedding.lora_a, embedding.lora_b])
@@ -177,12 +200,24 @@ def _ends_with(module: str, target: str) -> bool:
     return module.endswith(target) and (module == target or module[-len(target) - 1] == ".")
 
 
+def has_effect(extras: AdapterExtras) -> bool:
+    """Whether anything but pairs of linears changes anything. Pairs of experts and of the embedding may be zero, and
+    invocation tokens only say where pairs act."""
+    embedding = extras.embedding
+    pairs: list[tuple[Tensor, Tensor]] = [(pair.a, pair.b) for pair in _pairs_of(extras.experts)]
+    if embedding is not None and embedding.lora_a is not None and embedding.lora_b is not None:
+        pairs.append((embedding.lora_a, embedding.lora_b))
+    is_pair_alone = embedding is None or (embedding.rows is None and embedding.weight is None)
+    rest = replace(extras, experts={}, embedding=None if is_pair_alone else embedding, invocation_tokens=())
+    return bool(rest) or any(bool(lora_a.any()) and bool(lora_b.any()) for lora_a, lora_b in pairs)
+
+
 def idle_modules(modules: Mapping[str, LoRAWeights], perhaps: Iterable[str], *, has_more: bool) -> list[str]:
     """Warnings for modules without effect. Squares may be zero of values that are not, so those are looked at.
-    `has_more`: the adapter is not its pairs alone."""
+    `has_more`: the adapter changes something besides linears."""
     idle = [name for name in perhaps if not modules[name].lora_b.any()]
     if len(idle) == len(modules) and not has_more:
-        return ["B is zero everywhere: the adapter has no effect"]
+        return ["every pair is zero: the adapter has no effect"]
     return [f"B is zero, so there is no effect, in {len(idle)} modules: {_some(idle)}"] if idle else []
 
 

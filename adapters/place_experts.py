@@ -17,6 +17,11 @@ from adapters.safetensors_header import TensorEntry
 
 Entries = Mapping[str, TensorEntry]
 
+EXPANSION = 4
+"""Prepared bytes that there may be for each byte of files allowed: from one of two bytes a value to float32, and from
+single gate and up projections to their product, zeros included. A file that holds all experts never needs more."""
+_ITEM_BYTES = 4  # pairs are put together in float32 at most
+
 
 @dataclass(frozen=True, slots=True)
 class PlacedExperts:
@@ -44,8 +49,9 @@ def place_experts(
     base: BaseModules,
     *,
     max_lora_rank: int,
+    max_bytes: int,
 ) -> tuple[PlacedExperts, ...]:
-    """`modules`: source → name in the base. Raises AdapterRefused."""
+    """`modules`: source → name in the base; `max_bytes`: of all pairs as they are prepared. Raises AdapterRefused."""
     placed = []
     for pair in proposals:
         module = modules[pair.source]
@@ -60,6 +66,8 @@ def place_experts(
             raise AdapterRefused(RefusalCode.TOO_LARGE, why, fix, feature="max_lora_rank", tensor=pair.inputs[0])
         placed.append(_place(pair, module, base.experts[module], entries))
     _check_whole(placed)
+    _check_once(placed)
+    _check_bytes(placed, base, max_bytes)
     return tuple(placed)
 
 
@@ -109,6 +117,41 @@ def _check_whole(placed: Sequence[PlacedExperts]) -> None:
         if forms.setdefault((each.module, each.is_down), kind) != kind:
             why = f"{each.module} has pairs of single experts and of all together"
             raise EXPERT_LAYOUT.error(feature="experts", tensor=each.pair.inputs[0], why=why)
+
+
+def _check_once(placed: Sequence[PlacedExperts]) -> None:
+    """Spellings are many (gate_proj, w1), and what each says of one product would lie upon the other."""
+    seen: set[tuple[str, int | None, str]] = set()
+    for each in placed:
+        key = (each.module, each.pair.expert, each.pair.parameter)
+        if key in seen:
+            which = "" if each.pair.expert is None else f".{each.pair.expert}"
+            why = f"the tensor and another one are both a pair of {each.module}{which} ({each.pair.parameter})"
+            fix = "Save the adapter again, each expert under one name"
+            raise AdapterRefused(RefusalCode.AMBIGUOUS_LAYOUT, why, fix, tensor=each.pair.inputs[0])
+        seen.add(key)
+
+
+def _check_bytes(placed: Sequence[PlacedExperts], base: BaseModules, max_bytes: int) -> None:
+    """Every product has room for all experts, however few the files hold, so their size says nothing of it."""
+    widths: dict[tuple[str, bool], dict[str, int]] = {}
+    for each in placed:
+        of_parts = widths.setdefault((each.module, each.is_down), {})
+        of_parts[each.pair.parameter] = max(of_parts.get(each.pair.parameter, 0), each.pair.lora_rank)
+    num_bytes = 0
+    for (module, is_down), of_parts in widths.items():
+        # gate and up of single experts keep ranks of their own in the one product, which so may be of twice
+        # max_lora_rank: each projection obeys that, and no pool of rows has to hold these.
+        product = product_of(base.experts[module], is_down=is_down)
+        features = product.in_features + product.out_features
+        num_bytes += base.experts[module].num_experts * sum(of_parts.values()) * features * _ITEM_BYTES
+    if num_bytes > max_bytes:
+        raise AdapterRefused(
+            RefusalCode.TOO_LARGE,
+            f"prepared for all experts of the base, its pairs take {num_bytes} bytes, over the limit of {max_bytes}",
+            f"Restart with --max-adapter-bytes {-(-num_bytes // EXPANSION)} or more, or train a lower r on experts",
+            feature="experts",
+        )
 
 
 def _require(entry: TensorEntry, wanted: tuple[int, int], where: str) -> None:

@@ -28,9 +28,11 @@ def place_parts(
     base: BaseModules,
     *,
     max_lora_rank: int,
+    max_expert_bytes: int,
 ) -> Placement:
     """`modules`: source → name in the base. Raises AdapterRefused."""
-    experts = place_experts(proposal.experts, modules, entries, base, max_lora_rank=max_lora_rank)
+    limits = {"max_lora_rank": max_lora_rank, "max_bytes": max_expert_bytes}
+    experts = place_experts(proposal.experts, modules, entries, base, **limits)
     vectors = [_of_pair(pair, entries) for pair in placed.pairs if pair.pair.bias is not None]
     vectors += [_vector(vector, modules[vector.source], entries, base) for vector in proposal.vectors]
     rows: list[PlacedRows] = []

@@ -24,9 +24,13 @@ def place(
     base: BaseModules,
     *,
     max_lora_rank: int,
+    max_expert_bytes: int = 1 << 62,
     base_model: str | None = None,
 ) -> Placement:
-    """`base_model`: what the adapter declares, for people. Raises AdapterRefused (any code but those of data)."""
+    """`max_expert_bytes`: of pairs of fused experts as prepared. `base_model`: what the adapter declares, for people.
+
+    Raises AdapterRefused (any code but those of data).
+    """
     _check_consumed(proposal, entries)
     _check_kinds(proposal, entries)
     resolution = _located(proposal, base)
@@ -39,7 +43,8 @@ def place(
         warnings=proposal.warnings,
         dropped=proposal.dropped,
     )
-    return place_parts(placed, proposal, entries, resolution.modules, base, max_lora_rank=max_lora_rank)
+    limits = {"max_lora_rank": max_lora_rank, "max_expert_bytes": max_expert_bytes}
+    return place_parts(placed, proposal, entries, resolution.modules, base, **limits)
 
 
 def _place_pairs(

@@ -23,7 +23,7 @@ PROJECTIONS: Mapping[str, str] = {
 """What single experts' linears are called, in Mixtral's first files too."""
 _PARAMETERS = ("gate_up_proj", "down_proj")  # in the order of every fused module of transformers
 _FUSED = re.compile(r"(?P<experts>(?:.*\.)?experts)(?P<wrappers>(?:\.base_layer)*)")
-_SINGLE = re.compile(rf"(?P<experts>(?:.*\.)?experts)\.(?P<expert>\d{{1,5}})\.(?P<part>{'|'.join(PROJECTIONS)})")
+_SINGLE = re.compile(rf"(?P<experts>(?:.*\.)?experts)\.(?P<expert>0|[1-9]\d{{0,4}})\.(?P<part>{'|'.join(PROJECTIONS)})")
 
 Roles = Mapping[Role, str]
 Entries = Mapping[str, TensorEntry]

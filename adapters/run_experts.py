@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from adapters.adapter_extras import ExpertPair, ExpertPairs
@@ -19,21 +20,27 @@ def run_experts(
     shapes: Mapping[str, ExpertsShape],
     read: Callable[[str], Tensor],
     ready: Ready,
+    dtype: torch.dtype,
 ) -> dict[str, ExpertPairs]:
-    """experts module → its pairs. `read` gives a stored tensor in float32."""
+    """experts module → its pairs, in `dtype`. `read` gives a stored tensor in float32."""
     of_product: defaultdict[tuple[str, bool], list[PlacedExperts]] = defaultdict(list)
     for each in placed:
         of_product[each.module, each.is_down].append(each)
     pairs: dict[str, dict[bool, ExpertPair]] = {}
     for (module, is_down), some in of_product.items():
-        made = _made(some, shapes[module], read, is_down=is_down)
+        made = _made(some, shapes[module], read, dtype, is_down=is_down)
         names = some[0].pair.inputs
         pairs.setdefault(module, {})[is_down] = ExpertPair(ready(made.a, names[0]), ready(made.b, names[1]))
     return {module: ExpertPairs(gate_up=of.get(False), down=of.get(True)) for module, of in sorted(pairs.items())}
 
 
 def _made(
-    some: Sequence[PlacedExperts], shape: ExpertsShape, read: Callable[[str], Tensor], *, is_down: bool
+    some: Sequence[PlacedExperts],
+    shape: ExpertsShape,
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    *,
+    is_down: bool,
 ) -> ExpertPair:
     if some[0].pair.form == "single":
         parts: dict[tuple[int, Projection], tuple[Tensor, Tensor, float]] = {}
@@ -41,7 +48,7 @@ def _made(
             assert each.pair.expert is not None
             lora_a, lora_b = (read(name) for name in each.pair.inputs)
             parts[each.pair.expert, each.projection] = (lora_a, lora_b, each.pair.scale)
-        return joined(parts, shape, is_down=is_down)
+        return joined(parts, shape, is_down=is_down, dtype=dtype)
     (each,) = some
     lora_a, lora_b = (read(name) for name in each.pair.inputs)
     layout: BLayout = "rank_major" if each.pair.form == "rank_major" else "grouped_by_expert"

@@ -89,6 +89,7 @@ def run_extras(sources: Sources, modules: PackedModules) -> tuple[AdapterExtras,
         sources.plan.base.experts,
         sources.floats,
         lambda tensor, name: _ready(tensor, name, sources.dtype),
+        sources.dtype,
     )
     head = HeadAdapter(made.rows.get("head"), made.whole.get("head"), _head_bias(sources, made))
     has_head = head.rows is not None or head.weight is not None or head.bias is not None

@@ -7,7 +7,7 @@ cast (run_plan.py). Neither PEFT nor transformers ever sees the folder. Knows no
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from adapters.load_report import LoadReport, absent_targets, embedding_norm, idl
 from adapters.lora_config import CONFIG_NAME, MAX_CONFIG_BYTES
 from adapters.lora_model import LoRAModel
 from adapters.module_names import BaseModules
-from adapters.own_tokenizer import OwnTokenizers
+from adapters.own_tokenizer import OwnTokenizers, unread_tokens
 from adapters.packed_modules import kind_of
 from adapters.placement import place
 from adapters.plan_cache import PlanCache
@@ -81,7 +81,8 @@ def load_lora_model(
                 max_full_bytes=limits.max_full_bytes,
                 progress=progress,
             )
-        return _loaded(plan, _with_tokenizer(ran, own), recipe)
+        unread = unread_tokens(place_of_it, ran.extras.vocab_size)
+        return _loaded(plan, _with_tokenizer(ran, own), recipe, unread)
 
 
 def _plan(
@@ -123,7 +124,7 @@ def _with_tokenizer(ran: Ran, tokenizer: Mapping[str, bytes]) -> Ran:
     return replace(ran, extras=replace(ran.extras, tokenizer_files=tokenizer, replaced=replaced))
 
 
-def _loaded(plan: LoadPlan, ran: Ran, recipe: Recipe) -> LoadedAdapter:
+def _loaded(plan: LoadPlan, ran: Ran, recipe: Recipe, unread: Sequence[str]) -> LoadedAdapter:
     placed = plan.placement
     own = ("tokenizer",) if ran.extras.tokenizer_files else ()
     features = (*placed.features, *own, *((f"renamed: {placed.rewrite}",) if placed.rewrite else ()))
@@ -131,6 +132,7 @@ def _loaded(plan: LoadPlan, ran: Ran, recipe: Recipe) -> LoadedAdapter:
     model = LoRAModel(ran.version, ran.modules, features, norms, ran.extras)
     warnings = [
         *placed.warnings,
+        *unread,
         *absent_targets(recipe.scales.target_modules, placed.adapted),
     ]
     warnings += idle_modules(ran.modules, ran.idle, has_more=bool(ran.extras))

@@ -25,7 +25,10 @@ MLX_WEIGHTS_NAME = "adapters.safetensors"
 INDEX_NAMES = ("adapter_model.safetensors.index.json", "model.safetensors.index.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".nemo", ".pkl")
 _TRAINER_PICKLES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")  # beside an adapter, never one
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "chat_template.jinja")
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "chat_template.jinja"),
+    *("tokenizer.model", "vocab.json"),
+)
 _MAX_NAMES = 4096
 _SHARED_BLOBS = "blobs/.huggingface-shared-blobs"  # marks a hub cache whose repos share files
 

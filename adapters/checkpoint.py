@@ -7,7 +7,7 @@ cast (run_plan.py). Neither PEFT nor transformers ever sees the folder. Knows no
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from adapters.load_report import (
 from adapters.lora_config import CONFIG_NAME, MAX_CONFIG_BYTES
 from adapters.lora_model import LoRAModel
 from adapters.module_names import BaseModules
-from adapters.own_tokenizer import OwnTokenizers
+from adapters.own_tokenizer import OwnTokenizers, unread_tokens
 from adapters.packed_modules import kind_of
 from adapters.place_experts import EXPANSION
 from adapters.placement import place
@@ -97,7 +97,8 @@ def load_lora_model(
                 progress=progress,
             )
         _check_activated(ran)
-        return _loaded(plan, _with_tokenizer(ran, own), recipe)
+        unread = unread_tokens(place_of_it, ran.extras.vocab_size)
+        return _loaded(plan, _with_tokenizer(ran, own), recipe, unread)
 
 
 def _plan(
@@ -163,7 +164,7 @@ def _with_tokenizer(ran: Ran, tokenizer: Mapping[str, bytes]) -> Ran:
     return replace(ran, extras=replace(ran.extras, tokenizer_files=tokenizer, replaced=replaced))
 
 
-def _loaded(plan: LoadPlan, ran: Ran, recipe: Recipe) -> LoadedAdapter:
+def _loaded(plan: LoadPlan, ran: Ran, recipe: Recipe, unread: Sequence[str]) -> LoadedAdapter:
     placed = plan.placement
     found = {
         "experts": bool(ran.extras.experts),
@@ -176,6 +177,7 @@ def _loaded(plan: LoadPlan, ran: Ran, recipe: Recipe) -> LoadedAdapter:
     model = LoRAModel(ran.version, ran.modules, features, norms, ran.extras)
     warnings = [
         *placed.warnings,
+        *unread,
         *absent_targets(recipe.scales.target_modules, placed.adapted),
     ]
     warnings += idle_modules(ran.modules, ran.idle, has_more=has_effect(ran.extras))

@@ -88,7 +88,7 @@ def _stacked(
     for part in parts:
         some = tensors[begin : begin + part.num_inputs]
         lora_a, lora_b = some if part.fold is None else part.fold(some, part.shape.in_features, part.shape.out_features)
-        pairs.append((lora_a, lora_b * part.scale))
+        pairs.append((lora_a.float(), lora_b.float() * part.scale))
         begin += part.num_inputs
     whole_b, rank = torch.zeros(out_features, sum(len(lora_a) for lora_a, _ in pairs)), 0
     for part, (lora_a, lora_b) in zip(parts, pairs, strict=True):

@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 Fold = Callable[[Sequence[Tensor], int, int], tuple[Tensor, Tensor]]
-"""(stored tensors in float32 in the order of `inputs`, in_features, out_features) → A [r, in] and PEFT's B [out, r], in
+"""(tensors as stored, in the order of `inputs`, in_features, out_features) → A [r, in] and PEFT's B [out, r], in
 float32, before the scale. A pure function of the module that defines it, or a partial of one, so that plans compare."""
 
 Fits = Callable[[int, int], bool]

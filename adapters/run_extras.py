@@ -183,9 +183,9 @@ def _name_of(part: Part, sources: Sources) -> str:
 def _fold_pair(placed: PlacedPair, sources: Sources, made: _Made, modules: PackedModules) -> None:
     """A and B in float32, gain and scale in B, then the cast."""
     pair, target = placed.pair, modules[placed.module]
-    stored = [sources.floats(name) for name in pair.inputs]
+    stored = [sources.kept[name] for name in pair.inputs]  # shared ones are large: a fold converts what it takes
     lora_a, lora_b = stored if pair.fold is None else pair.fold(stored, placed.in_features, placed.out_features)
-    lora_b = lora_b * pair.scale  # [out, r]
+    lora_a, lora_b = lora_a.float(), lora_b.float() * pair.scale  # [out, r]
     if pair.magnitude is not None:
         weights, magnitude = _replaced(sources, made), sources.floats(pair.magnitude)
         parameter = f"{placed.module}.weight"

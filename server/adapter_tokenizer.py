@@ -12,15 +12,24 @@ from typing import Any
 
 import tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from adapters.adapter_ref import AdapterVersion
+from adapters.errors import AdapterRefused, RefusalCode
+from adapters.own_tokenizer import CONFIG_NAME, TEMPLATE_NAME, TOKENIZER_NAME, decoded
 from adapters.untrusted_json import parse_object, shown
 from server.tokenizer import Tokenizer, TokenizerNotLoaded
 
 MAX_KEPT = 16  # a large one takes some 50 MB and half a second to make
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_CONFIG, _TOKENIZER, _TEMPLATE = "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"
+
+
+class AdapterTokenizerNotLoaded(TokenizerNotLoaded):
+    """The one that an adapter brings: the server is well, and the base answers."""
+
+    status = 400
+    error_type = "invalid_request_error"
 
 
 class AdapterTokenizers:
@@ -32,7 +41,7 @@ class AdapterTokenizers:
         self._made: OrderedDict[AdapterVersion, asyncio.Task[Tokenizer]] = OrderedDict()
 
     async def get(self, version: AdapterVersion, files: Mapping[str, bytes]) -> Tokenizer:
-        """The version's, made once in a thread however many ask. Raises TokenizerNotLoaded."""
+        """The version's, made once in a thread however many ask. Raises AdapterTokenizerNotLoaded."""
         task = self._made.get(version)
         if task is None:
             task = self._made[version] = asyncio.create_task(asyncio.to_thread(tokenizer_of, files, self._base))
@@ -56,25 +65,52 @@ class AdapterTokenizers:
 
 def tokenizer_of(files: Mapping[str, bytes], base: Tokenizer) -> Tokenizer:
     """The tokenizer in `files`, or the base's with the template in `files`; the base's itself where nothing differs.
-    Raises TokenizerNotLoaded."""
+    Raises AdapterTokenizerNotLoaded."""
     try:
         return _made_of(files, base)
     except Exception as error:  # what the Rust library raises has no class of its own
-        raise TokenizerNotLoaded(
+        raise AdapterTokenizerNotLoaded(
             f"the tokenizer that the adapter brings cannot be read: {shown(str(error))}"
         ) from error
 
 
 def _made_of(files: Mapping[str, bytes], base: Tokenizer) -> Tokenizer:
-    config = parse_object(files[_CONFIG], what=_CONFIG) if _CONFIG in files else {}
+    config = _config(files)
     template = _template(files, config) or base.chat_template
-    if _TOKENIZER not in files:
+    if TOKENIZER_NAME not in files:
         return base.with_chat_template(template)
-    fast = tokenizers.Tokenizer.from_str(files[_TOKENIZER].decode())
+    made = _fast_of(files, config, template)
+    return base if _is_same(made, base) else made
+
+
+def check_files(files: Mapping[str, bytes]) -> None:
+    """Makes what requests will need, so that a load tells what is broken. Raises AdapterRefused (adapter_corrupt)."""
+    config = _config(files)
+    template = _template(files, config)
+    at = TEMPLATE_NAME if TEMPLATE_NAME in files else CONFIG_NAME
+    try:
+        if template is not None:
+            render_jinja_template([], chat_template=template)  # compiled, for no conversation
+        at = TOKENIZER_NAME
+        if TOKENIZER_NAME in files:
+            _fast_of(files, config, template)
+    except AdapterRefused:
+        raise
+    except Exception as error:  # what the Rust library raises has no class of its own
+        why = f"{'no tokenizer' if at == TOKENIZER_NAME else 'no chat template'} can be made of {at}"
+        fix = f"Save {at} again, or remove it to use the base's"
+        raise AdapterRefused(RefusalCode.CORRUPT, f"{why}: {shown(str(error))}", fix, feature=at) from error
+
+
+def _config(files: Mapping[str, bytes]) -> Mapping[str, Any]:
+    return parse_object(files[CONFIG_NAME], what=CONFIG_NAME) if CONFIG_NAME in files else {}
+
+
+def _fast_of(files: Mapping[str, bytes], config: Mapping[str, Any], template: str | None) -> Tokenizer:
+    fast = tokenizers.Tokenizer.from_str(decoded(files, TOKENIZER_NAME))
     hf = PreTrainedTokenizerFast(tokenizer_object=fast, clean_up_tokenization_spaces=False, **_special_tokens(config))
     hf.chat_template = template
-    made = Tokenizer(hf)
-    return base if _is_same(made, base) else made
+    return Tokenizer(hf)
 
 
 def _is_same(made: Tokenizer, base: Tokenizer) -> bool:
@@ -87,8 +123,8 @@ def _is_same(made: Tokenizer, base: Tokenizer) -> bool:
 
 def _template(files: Mapping[str, bytes], config: Mapping[str, Any]) -> str | None:
     """As transformers chooses: the file, else the config's one, or that named default of several."""
-    if _TEMPLATE in files:
-        return files[_TEMPLATE].decode()
+    if TEMPLATE_NAME in files:
+        return decoded(files, TEMPLATE_NAME)
     found = config.get("chat_template")
     if isinstance(found, list):
         named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}

@@ -19,6 +19,7 @@ from adapters.checkpoint import CheckpointLimits, LoadedAdapter, load_lora_model
 from adapters.errors import AdapterError, AdapterRefused
 from adapters.module_names import BaseModules
 from adapters.own_tokenizer import OwnTokenizers
+from server.adapter_tokenizer import check_files
 from server.cli_failure import CommandFailed
 from server.cli_options import Count
 from server.config import LoRALimits, ModelConfig
@@ -64,7 +65,7 @@ def check_command(
         raise CommandFailed(f"the config of {model} cannot be read: {error}") from error
     limits = CheckpointLimits(max_lora_rank=max_lora_rank, max_adapter_bytes=_LIMITS.max_adapter_bytes)
     try:
-        weights, tokenizers = weights_of(resolved.folder, dtype), OwnTokenizers(resolved.folder)
+        weights, tokenizers = weights_of(resolved.folder, dtype), OwnTokenizers(resolved.folder, check=check_files)
         return check_adapter(folder, base, dtype, limits, as_json=as_json, weights=weights, tokenizers=tokenizers)
     except OSError as error:
         raise CommandFailed(f"the weights of {model} cannot be read: {error}") from error

@@ -26,6 +26,7 @@ def propose_adalora(recipe: Recipe, entries: Entries) -> Proposal:
     for module, roles in found.modules.items():
         _check_rank(module, roles, kept, recipe)
         if roles[Role.E].shape[0] == 0:  # training gave the module no rank at all
+            _check_empty(roles)
             dropped += [entry.name for entry in roles.values()]
         else:
             pairs.append(_pair(recipe, module, roles))
@@ -68,6 +69,14 @@ def _check_rank(module: str, roles: Mapping[Role, TensorEntry], kept: Mapping[st
     if stored != (declared,):
         why = f"the tensor has rank {list(stored)}, the config says {declared}"
         raise shape_mismatch(roles[Role.E].name, why, feature="rank_pattern")
+
+
+def _check_empty(roles: Mapping[Role, TensorEntry]) -> None:
+    """A [0, in], B [out, 0] and E [0, 1]: what is dropped must hold nothing."""
+    lora_a, lora_b, lora_e = (roles[role] for role in _ROLES)
+    require_shape(lora_a, (0, max(lora_a.shape, default=0)))
+    require_shape(lora_b, (max(lora_b.shape, default=0), 0))
+    require_shape(lora_e, (0, 1))
 
 
 def _warnings(dropped: list[str]) -> tuple[str, ...]:

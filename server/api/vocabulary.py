@@ -20,7 +20,7 @@ class Vocabulary:
 
 
 async def vocabulary_of(context: ServerContext, hold: AdapterHold) -> Vocabulary:
-    """Of adapters that are in memory. Raises TokenizerNotLoaded."""
+    """Of adapters that are in memory. Raises AdapterTokenizerNotLoaded."""
     info = context.engine.info
     num_rows, tokenizer, is_base = info.num_embeddings, context.tokenizer, True
     for held in hold.adapters:

@@ -10,6 +10,7 @@ from adapters.checkpoint import CheckpointLimits, load_lora_model
 from adapters.own_tokenizer import OwnTokenizers
 from adapters.plan_cache import PlanCache
 from adapters.version_store import VersionStore, base_key
+from server.adapter_tokenizer import check_files
 from server.async_engine import AsyncEngine, EngineInfo
 from server.config import AdapterConfig, LoRALimits
 from server.lifecycle.adapter_service import AdapterService
@@ -105,7 +106,7 @@ def _reader_for(info: EngineInfo, lora: LoRALimits) -> ReadAdapter:
         dtype=info.dtype,
         weights=info.weights,
         plans=PlanCache(),
-        tokenizers=OwnTokenizers(info.folder),
+        tokenizers=OwnTokenizers(info.folder, check=check_files),
     )
 
 

@@ -16,8 +16,10 @@ from peft import (
     PeftConfig,
     VeraConfig,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapters.errors import AdapterRefused, RefusalCode
+from adapters.folds import shared_projections
 from adapters.proposal import PairProposal, Proposal
 from adapters.propose import propose
 from adapters.recipe import read_recipe
@@ -218,6 +220,11 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], RefusalCode,
     "adalora: other rank": (ADALORA | {"init_r": 4}, ADALORA_SHAPES, RefusalCode.SHAPE_MISMATCH, "q.lora_E"),
     "adalora: rslora": (ADALORA | {"use_rslora": True}, ADALORA_SHAPES, RefusalCode.UNSUPPORTED, "use_rslora=True"),
     "adalora: B transposed": (ADALORA, ADALORA_SHAPES | {"q.lora_B": (3, 8)}, RefusalCode.SHAPE_MISMATCH, "q.lora_B"),
+    "adalora: ranks beside none": (ADALORA | {"rank_pattern": {"q.lora_E": [False] * 3}},
+                                   ADALORA_SHAPES | {"q.lora_E": (0, 1)}, RefusalCode.SHAPE_MISMATCH, "q.lora_A"),
+    "adalora: B beside none": (ADALORA | {"rank_pattern": {"q.lora_E": [False] * 3}},
+                               ADALORA_SHAPES | {"q.lora_E": (0, 1), "q.lora_A": (0, 16)},
+                               RefusalCode.SHAPE_MISMATCH, "q.lora_B"),
     "vera: not stored": ({"peft_type": "VERA", "r": 4, "save_projection": False}, VERA_SHAPES,
                          RefusalCode.UNSUPPORTED, "save_projection=false"),
     "vera: stored is not there": ({"peft_type": "VERA", "r": 4}, {k: v for k, v in VERA_SHAPES.items() if "q." in k},
@@ -268,3 +275,24 @@ def test_what_stored_shapes_cannot_say_is_asked_of_the_pair(tmp_path: Path) -> N
     assert vera.fits is not None and miss.fits is not None
     assert vera.fits(16, 8) and not vera.fits(17, 8)
     assert miss.fits(16, 8) and not miss.fits(16, 10) and not miss.fits(1, 8)
+
+
+def test_of_veras_shared_projections_only_the_corner_is_converted() -> None:
+    """Once for every module: whole, a wide one would cost every module its full size."""
+    stored = [torch.ones(2), torch.ones(8), torch.ones(2, 1 << 16).bfloat16(), torch.ones(1 << 16, 2).bfloat16()]
+    with CountedNumbers() as counted:
+        lora_a, lora_b = shared_projections(stored, 16, 8)
+    assert (lora_a.shape, lora_b.shape, lora_a.dtype) == ((2, 16), (8, 2), torch.float32)
+    assert counted.largest <= 2 * 16
+
+
+class CountedNumbers(TorchDispatchMode):
+    """The largest tensor that anything but a view gave, in numbers."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.largest = max(self.largest, out.numel())
+        return out

@@ -2,17 +2,20 @@
 
 import json
 import shutil
+import tracemalloc
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
+from adapters import own_tokenizer
 from adapters.adapter_folder import AdapterFolder
 from adapters.adapter_ref import AdapterVersion
 from adapters.base_walk import modules_of
 from adapters.checkpoint import CheckpointLimits, LoadedAdapter, load_lora_model
 from adapters.errors import AdapterRefused, RefusalCode
-from adapters.own_tokenizer import MAX_BYTES, OwnTokenizers
+from adapters.own_tokenizer import MAX_BYTES, OwnTokenizers, unread_tokens
 from tests.end_to_end.in_process import save_tiny_model
 from tests.equivalence import oracle
 
@@ -117,3 +120,78 @@ def test_a_huge_one_is_told_before_it_is_read(base: Path, adapter: Path) -> None
 
 def test_a_base_without_a_tokenizer_takes_the_adapters(adapter: Path, tmp_path: Path) -> None:
     assert kept(tmp_path, adapter) == set(NAMES)
+
+
+def test_the_bases_own_file_is_not_parsed(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many others came between: it is what nearly all adapters bring, and parsing it stops all threads."""
+    parsed: list[str] = []
+    parse = own_tokenizer.parse_object
+    ours = OwnTokenizers(base)
+
+    def counted(data: bytes, *, what: str) -> dict[str, object]:
+        parsed.append(what)
+        return parse(data, what=what)
+
+    monkeypatch.setattr(own_tokenizer, "parse_object", counted)
+    theirs = (adapter / NAMES[0]).read_bytes()
+    for count in range(40):
+        (adapter / NAMES[0]).write_text(json.dumps({"version": str(count)}))
+        with AdapterFolder.find(adapter) as folder:
+            assert ours.files_of(folder) and ours.files_of(folder)
+    assert parsed.count(NAMES[0]) == 40  # each once
+    (adapter / NAMES[0]).write_bytes(theirs)
+    with AdapterFolder.find(adapter) as folder:
+        assert not ours.files_of(folder)
+    assert parsed.count(NAMES[0]) == 40
+
+
+def test_no_file_is_kept_by_what_remembers_it(base: Path, adapter: Path) -> None:
+    ours = OwnTokenizers(base)
+    (adapter / NAMES[0]).write_text(json.dumps({"text": "y" * 8_000_000}))
+    tracemalloc.start()
+    try:
+        with AdapterFolder.find(adapter) as folder:
+            assert ours.files_of(folder)
+        assert tracemalloc.get_traced_memory()[0] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_kept_is_checked_once(base: Path, adapter: Path) -> None:
+    checked: list[set[str]] = []
+
+    def check(files: Mapping[str, bytes]) -> None:
+        checked.append(set(files))
+        if b"bad" in files["chat_template.jinja"]:
+            raise AdapterRefused(RefusalCode.CORRUPT, "bad", "mend it")
+
+    ours = OwnTokenizers(base, check=check)
+    for template, num_checked in (("{{ messages }}", 0), ("good", 1), ("good", 1), ("other", 2)):
+        (adapter / "chat_template.jinja").write_text(template)
+        with AdapterFolder.find(adapter) as folder:
+            ours.files_of(folder)
+        assert len(checked) == num_checked
+    (adapter / "chat_template.jinja").write_text("bad")
+    for _ in range(2):
+        with AdapterFolder.find(adapter) as folder, pytest.raises(AdapterRefused, match="bad"):
+            ours.files_of(folder)
+
+
+def test_a_template_that_is_not_utf8_is_told(base: Path, adapter: Path) -> None:
+    (adapter / "chat_template.jinja").write_bytes(b"{{ \xff }}")
+    with pytest.raises(AdapterRefused, match=r"chat_template\.jinja is not UTF-8 at byte 3") as caught:
+        loaded(base, adapter)
+    assert caught.value.reason is RefusalCode.CORRUPT
+
+
+def test_tokens_in_files_that_are_not_read_are_told(tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.model", "added_tokens.json"):
+        (tmp_path / name).write_bytes(b"{}")
+    with AdapterFolder.find(tmp_path) as folder:
+        (warning,) = unread_tokens(folder, 110)
+        assert "save tokenizer.json" in warning and "110 tokens" in warning
+        assert "tokenizer.model and added_tokens.json" in warning
+        assert unread_tokens(folder, None) == ()
+    (tmp_path / "tokenizer.json").write_bytes(b"{}")
+    with AdapterFolder.find(tmp_path) as folder:
+        assert unread_tokens(folder, 110) == ()

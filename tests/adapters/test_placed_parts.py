@@ -78,14 +78,19 @@ def test_a_gain_of_a_head_that_is_replaced_is_of_what_replaces_it(tmp_path: Path
 
 
 def doubled(stored: Any, in_features: int, out_features: int, *, by: float) -> tuple[Tensor, Tensor]:
-    return stored[0] * by, stored[1]
+    SEEN.append(stored[0].dtype)
+    return stored[0].float() * by, stored[1].float()
 
 
-def test_folds_see_float32_and_may_share_inputs(tmp_path: Path) -> None:
+SEEN: list[torch.dtype] = []
+
+
+def test_folds_see_what_is_stored_and_may_share_inputs(tmp_path: Path) -> None:
     fold = partial(doubled, by=3.0)
     shared = {"inputs": ("A", "B"), "fold": fold}
     tensors = {"A": torch.randn(2, H).half(), "B": torch.randn(OUT, 2).half()}
     ran = run_proposal(tmp_path, Proposal(pairs=(pair(**shared), pair(K, **shared))), tensors, dtype=torch.bfloat16)
+    assert SEEN[-2:] == [torch.float16] * 2  # what is shared is large, and is not converted whole for each
     for module in (Q, K):
         assert torch.equal(ran.modules[module].lora_a, (tensors["A"].float() * 3).to(torch.bfloat16))
         assert torch.equal(ran.modules[module].lora_b, (tensors["B"].float() * 2).to(torch.bfloat16).T)

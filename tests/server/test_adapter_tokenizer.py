@@ -10,8 +10,9 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
 from adapters.adapter_ref import AdapterVersion
+from adapters.errors import AdapterRefused, RefusalCode
 from server import adapter_tokenizer
-from server.adapter_tokenizer import AdapterTokenizers, tokenizer_of
+from server.adapter_tokenizer import AdapterTokenizers, check_files, tokenizer_of
 from server.tokenizer import Tokenizer, TokenizerNotLoaded
 from tests.server.fakes import byte_fallback_tokenizer, byte_level_tokenizer, slow_tokenizer
 
@@ -108,8 +109,36 @@ def test_no_class_and_no_code_is_taken_from_a_file(monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_what_cannot_be_read_is_told(files: dict[str, bytes]) -> None:
-    with pytest.raises(TokenizerNotLoaded, match="that the adapter brings cannot be read"):
+    with pytest.raises(TokenizerNotLoaded, match="that the adapter brings cannot be read") as caught:
         tokenizer_of(files, byte_level_tokenizer())
+    assert caught.value.status == 400
+    with pytest.raises(AdapterRefused) as refused:
+        check_files(files)
+    assert refused.value.reason is RefusalCode.CORRUPT and refused.value.feature in files
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer.json": b'{"hello": 1}'},
+        {"chat_template.jinja": b"{% if %}"},
+        {"tokenizer_config.json": b'{"chat_template": "{% if %}"}'},
+    ],
+)
+def test_what_could_not_be_used_is_refused_when_it_is_loaded(files: dict[str, bytes]) -> None:
+    with pytest.raises(AdapterRefused, match="adapter_corrupt") as refused:
+        check_files(files_with() | files)
+    assert refused.value.feature in files
+
+
+def test_what_can_be_used_is_not() -> None:
+    config = {
+        "eos_token": "<|tool|>",
+        "chat_template": "{% generation %}{{ raise_exception('no') }}{% endgeneration %}",
+    }
+    check_files(files_with("<|tool|>", config=config))
+    check_files(files_with("<|tool|>", template=TEMPLATE))
+    check_files({"tokenizer_config.json": b"{}"})
 
 
 def version(at: int) -> AdapterVersion:

@@ -140,6 +140,6 @@ async def test_a_broken_tokenizer_is_told() -> None:
     world.engine.facts[SQL] = AdapterFacts(tokenizer_files={"tokenizer.json": b"{}"})
     async with client_for(world.app) as client:
         reply = await complete(client)
-        assert (reply.status_code, reply.json()["error"]["code"]) == (500, "tokenizer_not_loaded")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "tokenizer_not_loaded")
         assert (await complete(client, model="team/chat")).status_code == 200
     world.check_idle()

@@ -3,7 +3,7 @@
 Knows nothing of how a model holds its weights: `BaseWeights` is what whoever holds them gives.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -40,15 +40,11 @@ def dora_gain(
     A is [r, in] and B is [out, r], float32, the scale in B. `on_rows` is told of rows that are done. Where the norm and
     the magnitude are both zero, the gain is one: the output is zero either way. Source: PEFT 0.21, tuners/lora/dora.py.
     """
-    num_rows, width = lora_b.shape[0], lora_a.shape[1]
-    at_once = max(1, _AT_ONCE // width)
-    norms = torch.empty(num_rows)
-    for begin in range(0, num_rows, at_once):
-        end = min(begin + at_once, num_rows)
-        adapted = weights.rows(parameter, begin, end).addmm(lora_b[begin:end], lora_a)  # [n, in]
-        norms[begin:end] = torch.linalg.vector_norm(adapted, dim=1)
-        on_rows(end - begin)
-    return _quotient(magnitude, norms)
+    norms = []
+    for adapted in _adapted(weights, parameter, lora_b, lora_a):  # [n, in]
+        norms.append(torch.linalg.vector_norm(adapted, dim=1))
+        on_rows(len(adapted))
+    return _quotient(magnitude, torch.cat(norms))
 
 
 def embedding_dora_gain(
@@ -61,15 +57,20 @@ def embedding_dora_gain(
     on_rows: Callable[[int], object] = lambda num_rows: None,
 ) -> Tensor:
     """g [hidden] = magnitude / ‖E + A·B‖₂ by hidden element, over the vocabulary; A [V, r], B [r, hidden], float32."""
-    num_rows, width = lora_a.shape[0], lora_b.shape[1]
+    squares = torch.zeros(lora_b.shape[1], dtype=torch.float64)
+    for adapted in _adapted(weights, parameter, lora_a, lora_b):  # [n, hidden]
+        squares += adapted.double().square().sum(0)
+        on_rows(len(adapted))
+    return _quotient(magnitude, squares.sqrt().float())
+
+
+def _adapted(weights: BaseWeights, parameter: str, left: Tensor, right: Tensor) -> Iterator[Tensor]:
+    """W + left · right [num_rows, width], some rows at a time; left [num_rows, r], right [r, width]."""
+    num_rows, width = left.shape[0], right.shape[1]
     at_once = max(1, _AT_ONCE // width)
-    squares = torch.zeros(width, dtype=torch.float64)
     for begin in range(0, num_rows, at_once):
         end = min(begin + at_once, num_rows)
-        adapted = weights.rows(parameter, begin, end).addmm(lora_a[begin:end], lora_b)  # [n, hidden]
-        squares += adapted.double().square().sum(0)
-        on_rows(end - begin)
-    return _quotient(magnitude, squares.sqrt().float())
+        yield weights.rows(parameter, begin, end).addmm(left[begin:end], right)
 
 
 def _quotient(magnitude: Tensor, norms: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ from adapters.placement import place
 from adapters.plan_cache import PlanCache
 from adapters.propose import propose
 from adapters.recipe import Recipe, read_recipe
+from adapters.refusals import ACTIVATED_MORE
 from adapters.run_plan import Progress, Ran, run
 from adapters.weight_files import WeightFiles, open_weights
 
@@ -148,13 +149,7 @@ def _check_activated(ran: Ran) -> None:
     shared with the base before the invocation would not be the base's."""
     extras = ran.extras
     if extras.invocation_tokens and (extras.vocab_size is not None or any(True for _ in extras.tensors())):
-        what = sorted(extras.replaced or {"embedding, biases or norms"})[0]
-        raise AdapterRefused(
-            RefusalCode.UNSUPPORTED,
-            f"the adapter is activated at tokens of the prompt and changes {what} besides, which would act before",
-            "Train activated LoRA on linear modules alone",
-            feature="alora_invocation_tokens",
-        )
+        raise ACTIVATED_MORE.error()
 
 
 def _with_tokenizer(ran: Ran, tokenizer: Mapping[str, bytes]) -> Ran:

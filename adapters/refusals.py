@@ -90,6 +90,11 @@ INVOCATION_STRING = Refusal(
     "activated LoRA starts at tokens, and how a string becomes tokens is not in the file",
     "Write the ids into alora_invocation_tokens",
 )
+ACTIVATED_MORE = Refusal(
+    "alora_invocation_tokens",
+    "the adapter is activated at tokens of the prompt and changes more than pairs of linears, which acts before them",
+    "Train activated LoRA on linear modules alone",
+)
 TOKEN_LOGITS = Refusal(
     "task_type",
     "the adapter brings a head that classifies, and this server computes logits of tokens",

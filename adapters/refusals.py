@@ -254,7 +254,7 @@ def unknown_field(name: str, value: object) -> AdapterRefused:
 def unmatched(
     key: str, why: str = "the name is of no form that this method writes, and no tensor may be left over"
 ) -> AdapterRefused:
-    fix = "Save the adapter again with PEFT's save_pretrained"
+    fix = "Save it again with PEFT's save_pretrained, or leave the tensor out (`ignore`) if it changes nothing"
     return AdapterRefused(RefusalCode.KEY_UNMATCHED, why, fix, tensor=key)
 
 

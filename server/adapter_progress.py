@@ -77,7 +77,7 @@ class LoadBar:
 
     def __enter__(self) -> "LoadBar":
         self._progress.start()
-        self._task = self._progress.add_task(self._name, total=None, counts_norms=False)
+        self._task = self._progress.add_task(self._name, total=None, visible=False, counts_norms=False)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -92,6 +92,7 @@ class LoadBar:
                 description=f"{self._name} {adapter.get('state')}",
                 completed=progress.get("done") or 0,
                 total=progress.get("total"),
+                visible=True,
                 counts_norms=progress.get("unit") == "norms",
             )
 

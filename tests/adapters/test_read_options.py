@@ -9,9 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adapters.base_walk import modules_of
 from adapters.checkpoint import LoadedAdapter, load_lora_model
 from adapters.errors import AdapterOptionInvalid, AdapterRefused, RefusalCode
 from adapters.lora_config import CONFIG_NAME
@@ -23,6 +25,7 @@ from tests.adapters.test_experts import MODELS, E, H, M
 from tests.adapters.test_load_experts import R, trained
 from tests.adapters.test_load_experts import load as load_on
 from tests.adapters.test_plan_cache import BASE, LIMITS
+from tests.conformance.models import fresh
 
 EXTRA = "base_model.model.model.rotary_emb.inv_freq"
 TOWER = "base_model.model.visual.blocks.0.attn.qkv.lora_A.weight"
@@ -133,6 +136,26 @@ def test_tensors_of_shards_are_ignored(tmp_path: Path) -> None:
         index |= dict.fromkeys(some, shard)
     (tmp_path / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": index}))
     assert load(tmp_path, "*.inv_freq", "*.visual.*").report.ignored == {EXTRA: 24, TOWER: 48}
+
+
+def test_a_tower_can_be_left_out(tmp_path: Path) -> None:
+    """What PEFT's all-linear trains of a vision-language model's text is served to PEFT's numbers."""
+    model = get_peft_model(fresh("qwen2_vl"), LoraConfig(r=4, lora_alpha=6, target_modules="all-linear"))
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape)
+    model.save_pretrained(str(tmp_path))
+    base = modules_of(fresh("qwen2_vl"))
+    with pytest.raises(AdapterRefused) as caught:
+        load_lora_model(tmp_path, base, limits=LIMITS, dtype=torch.float32)
+    assert "tower" in caught.value.why and "`ignore`" in caught.value.fix
+    options = ReadOptions(ignore=("*.visual.*",))
+    loaded = load_lora_model(tmp_path, base, limits=LIMITS, dtype=torch.float32, options=options)
+    assert len(loaded.model.modules) == len(base.linears) and all(".visual." in name for name in loaded.report.ignored)
+    for module, weights in loaded.model.modules.items():
+        theirs = model.base_model.model.get_submodule(module).get_delta_weight("default").detach()
+        assert (weights.lora_b.T @ weights.lora_a - theirs).abs().max() <= 1e-6 * theirs.abs().max()
 
 
 # Patterns.

@@ -210,7 +210,7 @@ def test_check_ignores_what_it_is_told_to(
     out = capsys.readouterr().out
     assert "2 of 14: q_proj x 1, v_proj x 1" in out
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    assert f"ignored   {name}, 512 bytes" in out and out.count("  ignored   ") == 4
+    assert f"ignored   {name}, 512 B" in out and out.count("  ignored   ") == 4
     assert run([*command, *ignore, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ignored"][name] == 512
     assert run([*command, "--ignore", "*.norm.*"]) == 1

@@ -157,7 +157,7 @@ def test_a_load_shows_how_many_norms_are_done_on_a_terminal(
     fake.slow["sql"], fake.unit = 50, "norms"
     assert _run("load", "sql", "hf://org/sql") == 0
     err = capsys.readouterr().err
-    assert f"/{TOTAL:,} norms" in err and "MiB" not in err and "bytes" not in err
+    assert f"/{TOTAL:,} norms" in err and "MB" not in err and "MiB" not in err and "bytes" not in err
 
 
 def test_a_load_that_is_not_waited_for_says_so(url: str, fake: FakeAdapterServer, capsys: Capture) -> None:

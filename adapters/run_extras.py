@@ -37,6 +37,7 @@ class Sources:
     max_full_bytes: int
     progress: Callable[[int, int], object] | None
     _rows_done: int = 0
+    _num_rows: int = 0  # 0: not counted yet
 
     def floats(self, name: str) -> Tensor:
         return self.kept[name].float()
@@ -49,13 +50,14 @@ class Sources:
         """Of the base's weights, that gains were computed from."""
         self._rows_done += num_rows
         if self.progress is not None:
+            self._num_rows = self._num_rows or self._count_rows()
             try:
-                self.progress(self._rows_done, self._num_rows())
+                self.progress(self._rows_done, self._num_rows)
             except Exception:  # whoever watches, the load goes on
                 self.progress = None
                 logger.exception("the progress of a load is not told any more")
 
-    def _num_rows(self) -> int:
+    def _count_rows(self) -> int:
         placement = self.plan.placement
         total = sum(pair.out_features for pair in placement.pairs if pair.pair.magnitude is not None)
         if placement.embedding is not None and placement.embedding.magnitude is not None:

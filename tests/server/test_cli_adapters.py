@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -73,6 +74,25 @@ def test_ls_is_a_table_on_a_terminal(url: str, fake: FakeAdapterServer, terminal
     assert "\t" not in out
     assert "/a/[b]/" in out  # no markup
     assert "\x1b]0;" not in out  # and nothing that steers the terminal
+
+
+@pytest.mark.parametrize(
+    ("state", "progress", "cell"),
+    [
+        ("validating", {"unit": "norms", "done": 50, "total": 224}, "validating 22%"),
+        ("fetching", {"unit": "bytes", "done": 0, "total": 224}, "fetching"),
+        ("fetching", {"unit": "bytes", "done": 7, "total": None}, "fetching"),
+        ("ready", {"unit": "norms", "done": 224, "total": 224}, "ready, new 100%"),
+        ("ready", None, "ready"),
+        ("ready", {"done": "x", "total": -1}, "ready"),
+    ],
+)
+def test_ls_shows_how_far_a_load_is(
+    url: str, fake: FakeAdapterServer, capsys: Capture, state: str, progress: Any, cell: str
+) -> None:
+    fake.adapters["sql"] = description("sql", state=state, progress=progress)
+    assert _run("ls") == 0
+    assert capsys.readouterr().out.splitlines()[1].split("\t")[4] == cell
 
 
 def test_ls_as_json_is_the_servers_answer(url: str, fake: FakeAdapterServer, capsys: Capture) -> None:

@@ -6,8 +6,9 @@ cast (run_plan.py). Neither PEFT nor transformers ever sees the folder. Knows no
 """
 
 import hashlib
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from adapters.adapter_folder import AdapterFolder
 from adapters.base_weights import BaseWeights
 from adapters.errors import AdapterRefused, RefusalCode
-from adapters.header_table import read_table
+from adapters.header_table import HeaderTable, read_table
 from adapters.load_plan import LoadPlan, plan_load
 from adapters.load_report import (
     LoadReport,
@@ -38,9 +39,11 @@ from adapters.packed_modules import kind_of
 from adapters.place_experts import EXPANSION
 from adapters.placement import place
 from adapters.plan_cache import PlanCache
+from adapters.proposal import Proposal
 from adapters.propose import propose
+from adapters.read_options import NO_OPTIONS, ReadOptions, ignored_among
 from adapters.recipe import Recipe, read_recipe
-from adapters.refusals import ACTIVATED_MORE
+from adapters.refusals import ACTIVATED_MORE, EXPERT_B_LAYOUT, no_fused_experts
 from adapters.run_plan import Progress, Ran, run
 from adapters.weight_files import WeightFiles, open_weights
 
@@ -74,24 +77,26 @@ def load_lora_model(
     weights: BaseWeights | None = None,
     plans: PlanCache | None = None,
     tokenizers: OwnTokenizers | None = None,
+    options: ReadOptions = NO_OPTIONS,
     progress: Progress | None = None,
 ) -> LoadedAdapter:
     """Load and check one adapter, its weights in `dtype` on the CPU. A folder that is open already stays open.
 
     `weights`: the base's own, which DoRA, replaced biases and whole embeddings are refused without. `plans`: those of
-    earlier loads. `tokenizers`: what an adapter's own is compared with; without it none is taken. Raises
-    AdapterNotFound when the folder holds no adapter, AdapterRefused (any code) when it cannot be served exactly.
+    earlier loads. `tokenizers`: what an adapter's own is compared with; without it none is taken. `progress` is told of
+    the base's rows whose norms DoRA needs. Raises AdapterNotFound when the folder holds no adapter, AdapterRefused (any
+    code) when it cannot be served exactly.
     """
     with AdapterFolder.find(folder) if isinstance(folder, Path) else nullcontext(folder) as place_of_it:
         with place_of_it.open(CONFIG_NAME) as file:
-            recipe = read_recipe(file.read(MAX_CONFIG_BYTES + 1))
+            recipe = _with_layout(read_recipe(file.read(MAX_CONFIG_BYTES + 1)), options.moe_lora_b_layout)
         with open_weights(place_of_it, max_bytes=limits.max_adapter_bytes) as files:
-            plan = _plan(files, recipe, base, limits, dtype, plans)
+            plan = _plan(files, recipe, options, base, limits, dtype, plans)
             own = tokenizers.files_of(place_of_it) if tokenizers is not None else {}
             ran = run(
                 plan,
                 files.files,
-                _canonical(recipe, own),
+                _canonical(recipe, own, plan.ignored),
                 dtype,
                 weights=weights,
                 max_full_bytes=limits.max_full_bytes,
@@ -102,17 +107,30 @@ def load_lora_model(
         return _loaded(plan, _with_tokenizer(ran, own), recipe, unread)
 
 
+def _with_layout(recipe: Recipe, layout: str | None) -> Recipe:
+    """What the config says and what whoever loads it says must not be two things."""
+    said = recipe.expert_b_layout
+    if layout is None or said == layout:
+        return recipe
+    if said is not None:
+        why = f"adapter_config.json says lora_B_layout={said}, and the load asks for the other"
+        raise EXPERT_B_LAYOUT.error(feature=f"moe_lora_b_layout={layout}", why=why)
+    return replace(recipe, expert_b_layout=layout)
+
+
 def _plan(
     files: WeightFiles,
     recipe: Recipe,
+    options: ReadOptions,
     base: BaseModules,
     limits: CheckpointLimits,
     dtype: torch.dtype,
     plans: PlanCache | None,
 ) -> LoadPlan:
     def make() -> LoadPlan:
-        table = read_table(files)
+        table, ignored = _without(read_table(files), options.ignore)
         proposal = propose(recipe, table.entries)
+        _check_layout(options, proposal)
         placement = place(
             proposal,
             table.entries,
@@ -121,12 +139,26 @@ def _plan(
             max_expert_bytes=limits.max_expert_bytes,
             base_model=recipe.scales.base_model,
         )
-        return plan_load(placement, table, base, dtype)
+        return plan_load(placement, table, base, dtype, ignored=ignored)
 
     if plans is None:
         return make()
     # A plan holds its base, so that while it is kept no other base has the same id.
-    return plans.plan((files.digest(), _plan_key(recipe), id(base), limits, dtype), make)
+    return plans.plan((files.digest(), _plan_key(recipe), options, id(base), limits, dtype), make)
+
+
+def _without(table: HeaderTable, patterns: Sequence[str]) -> tuple[HeaderTable, Mapping[str, int]]:
+    """The tensors that are read, and the bytes of each that is not."""
+    if not patterns:
+        return table, {}
+    ignored = ignored_among({name: stored.entry.num_bytes for name, stored in table.tensors.items()}, patterns)
+    return HeaderTable({name: stored for name, stored in table.tensors.items() if name not in ignored}), ignored
+
+
+def _check_layout(options: ReadOptions, proposal: Proposal) -> None:
+    layout = options.moe_lora_b_layout
+    if layout is not None and all(experts.form == "single" for experts in proposal.experts):
+        raise no_fused_experts(f"moe_lora_b_layout={layout}")
 
 
 def _plan_key(recipe: Recipe) -> bytes:
@@ -138,10 +170,12 @@ def _plan_key(recipe: Recipe) -> bytes:
     return hashlib.sha256(own.canonical() + repr((what, wrote)).encode()).digest()
 
 
-def _canonical(recipe: Recipe, tokenizer: Mapping[str, bytes]) -> bytes:
-    """Everything beside the tensors that an adapter is: the config, and a tokenizer of its own where it has one."""
+def _canonical(recipe: Recipe, tokenizer: Mapping[str, bytes], ignored: Iterable[str]) -> bytes:
+    """Everything beside the tensors that an adapter is: the config, a tokenizer of its own where it has one, and what
+    was left out of the files where that was asked for."""
     digests = "".join(f" {name} {hashlib.sha256(data).hexdigest()}" for name, data in sorted(tokenizer.items()))
-    return recipe.canonical() + digests.encode()
+    left_out = "".join(f" ignored {json.dumps(name)}" for name in ignored)
+    return recipe.canonical() + (digests + left_out).encode()
 
 
 def _check_activated(ran: Ran) -> None:
@@ -187,6 +221,7 @@ def _loaded(plan: LoadPlan, ran: Ran, recipe: Recipe, unread: Sequence[str]) -> 
         stored_dtypes=(stored.entry.dtype for stored in plan.tensors.values()),
         warnings=warnings,
         dropped=(*placed.dropped, *ran.dropped),
+        ignored=plan.ignored,
     )
     return LoadedAdapter(model, report)
 

@@ -5,6 +5,7 @@ AdapterError
 ├── AdapterNotFound           no adapter of that name, or no folder at that place
 ├── AdapterAlreadyLoaded      the name is taken by other bytes
 ├── AdapterNameInvalid        the name cannot be an adapter's name
+├── AdapterOptionInvalid      a load option is of no form that it may have
 ├── AdapterCapacity           host memory for adapters is full
 ├── VersionDamaged            the stored copy of a version is not what was stored
 ├── VersionStoreFull          no room on disk for a version
@@ -80,6 +81,12 @@ class AdapterNameInvalid(AdapterError):
     """The name is empty, too long, of other characters than allowed, or the base model's own."""
 
     code = "adapter_name_invalid"
+
+
+class AdapterOptionInvalid(AdapterError):
+    """`ignore` or `moe_lora_b_layout` is of no form that it may have, stands twice, or takes too much room."""
+
+    code = "adapter_option_invalid"
 
 
 class AdapterCapacity(AdapterError):

@@ -5,6 +5,7 @@ Plain values, so that adapters whose headers and configs are equal share one pla
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -107,7 +108,8 @@ class LoadPlan:
     placement: Placement
     layout: PackedLayout
     tensors: Mapping[str, StoredTensor] = field(repr=False)
-    declared: bytes = field(repr=False)  # names, dtypes and shapes of all tensors: HeaderTable.declared
+    declared: bytes = field(repr=False)  # names, dtypes and shapes of these tensors: HeaderTable.declared
+    ignored: Mapping[str, int] = field(repr=False)  # tensors of the files that are not read → bytes
     pieces: tuple[Piece, ...] = field(repr=False)
     runs: tuple[tuple[Run, ...], ...] = field(repr=False)  # by piece
     kept: frozenset[str] = field(repr=False)  # tensors that are not copied by a run, but computed from
@@ -116,10 +118,17 @@ class LoadPlan:
     @property
     def num_bytes(self) -> int:
         """About what the plan itself takes, for whoever keeps plans."""
-        return 1200 * len(self.tensors) + 400 * len(self.layout.places)
+        return 1200 * len(self.tensors) + 200 * len(self.ignored) + 400 * len(self.layout.places)
 
 
-def plan_load(placement: Placement, table: HeaderTable, base: BaseModules, dtype: torch.dtype) -> LoadPlan:
+def plan_load(
+    placement: Placement,
+    table: HeaderTable,
+    base: BaseModules,
+    dtype: torch.dtype,
+    *,
+    ignored: Mapping[str, int] = MappingProxyType({}),
+) -> LoadPlan:
     """How the tensors of `table` are read into a model of `dtype`."""
     pairs = placement.pairs
     shapes = ((pair.module, pair.pair.lora_rank, pair.in_features, pair.out_features) for pair in pairs)
@@ -134,6 +143,7 @@ def plan_load(placement: Placement, table: HeaderTable, base: BaseModules, dtype
         layout=layout,
         tensors=table.tensors,
         declared=table.declared(),
+        ignored=ignored,
         pieces=pieces,
         runs=tuple(plan_runs(_parts(piece, copied, table, layout)) for piece in pieces),
         kept=frozenset(table.tensors.keys() - copied.keys() - set(placement.dropped)),

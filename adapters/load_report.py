@@ -40,7 +40,7 @@ class LoadReport:
     gain_ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # module kind → least and greatest
     vocab_size: int | None = None  # where it is not the base's
     dropped: tuple[str, ...] = ()  # tensors that change nothing
-    ignored: tuple[str, ...] = ()  # tensors that the user asked to leave out
+    ignored: Mapping[str, int] = field(default_factory=dict)  # tensors that the user asked to leave out → bytes
 
     @property
     def num_modules(self) -> int:
@@ -64,7 +64,7 @@ class LoadReport:
             "gain_ranges": {kind: [round(end, 6) for end in ends] for kind, ends in self.gain_ranges.items()},
             "vocab_size": self.vocab_size,
             "dropped": list(self.dropped),
-            "ignored": list(self.ignored),
+            "ignored": dict(self.ignored),
         }
 
 
@@ -130,6 +130,7 @@ def report_of(
     stored_dtypes: Iterable[str],
     warnings: Sequence[str],
     dropped: Sequence[str] = (),
+    ignored: Mapping[str, int] | None = None,
 ) -> LoadReport:
     """`routers`: the modules of the base that are."""
     counts, parts = Counter(kind_of(name) for name in model.modules), _parts_of(model, routers)
@@ -148,6 +149,7 @@ def report_of(
         gain_ranges=_gain_ranges(model.extras.gains),
         vocab_size=model.extras.vocab_size,
         dropped=tuple(dropped),
+        ignored=ignored or {},
     )
 
 

@@ -92,7 +92,7 @@ def resolve(names: Sequence[str], base: BaseModules) -> Resolution:
             raise AdapterRefused(
                 RefusalCode.UNSUPPORTED,
                 base.excluded[module],
-                "Train without it in target_modules",
+                "Train without it in target_modules, or leave its tensors out (`ignore`) if they are not needed",
                 feature=f"target_modules={module}",
                 tensor=name,
             )

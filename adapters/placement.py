@@ -95,7 +95,7 @@ def _located(proposal: Proposal, base: BaseModules) -> Resolution:
             raise AdapterRefused(
                 RefusalCode.UNSUPPORTED,
                 base.excluded[module],
-                "Train without it in target_modules",
+                "Train without it in target_modules, or leave its tensors out (`ignore`) if they are not needed",
                 feature=f"target_modules={module}",
                 tensor=name,
             )

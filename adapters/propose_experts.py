@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from adapters.key_roles import Role
 from adapters.proposal import ExpertProposal
 from adapters.recipe import Recipe
-from adapters.refusals import EXPERT_LAYOUT, FUSED_EXPERTS, incomplete
+from adapters.refusals import EXPERT_B_LAYOUT, EXPERT_LAYOUT, FUSED_EXPERTS, incomplete
 from adapters.safetensors_header import TensorEntry, require_matrix
 from adapters.untrusted_json import shown
 
@@ -72,8 +72,7 @@ def _fused(recipe: Recipe, experts: str, parameter: str, roles: Roles, entries: 
     name = f"{experts}.{parameter}"  # what patterns of ranks are matched against
     lora_rank = recipe.scales.rank_of(name)
     if recipe.expert_b_layout is None and recipe.unsloth_fixed and lora_rank > 1:
-        why = "Unsloth wrote B grouped by expert until September 2026 and rank-major since, and no mark says which"
-        raise EXPERT_LAYOUT.error(feature="lora_B_layout", tensor=lora_b.name, why=why)
+        raise EXPERT_B_LAYOUT.error(tensor=lora_b.name)
     return ExpertProposal(
         source=experts,
         parameter=parameter,

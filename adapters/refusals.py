@@ -201,6 +201,14 @@ EXPERT_LAYOUT = Refusal(
     RefusalCode.AMBIGUOUS_LAYOUT,
 )
 
+EXPERT_B_LAYOUT = Refusal(
+    "lora_B_layout",
+    "Unsloth wrote B grouped by expert until September 2026 and rank-major since, and no mark says which",
+    "Load it with moe_lora_b_layout=rank_major or grouped_by_expert (`--moe-lora-b-layout`), as the trainer did, or "
+    "write that into adapter_config.json as lora_B_layout",
+    RefusalCode.AMBIGUOUS_LAYOUT,
+)
+
 # --- names of tensors, by one of their parts or by how a part begins ("…_")
 
 _IMAGE = ("format=kohya", "this is a LoRA for an image model", "Serve it where its base is served")
@@ -246,8 +254,13 @@ def unknown_field(name: str, value: object) -> AdapterRefused:
 def unmatched(
     key: str, why: str = "the name is of no form that this method writes, and no tensor may be left over"
 ) -> AdapterRefused:
-    fix = "Save the adapter again with PEFT's save_pretrained"
+    fix = "Save it again with PEFT's save_pretrained, or leave the tensor out (`ignore`) if it changes nothing"
     return AdapterRefused(RefusalCode.KEY_UNMATCHED, why, fix, tensor=key)
+
+
+def no_fused_experts(option: str) -> AdapterRefused:
+    why = "the option says how B of fused experts is stored, and the files hold no pair of fused experts"
+    return AdapterRefused(RefusalCode.KEY_UNMATCHED, why, "Load it without the option", feature=option)
 
 
 def incomplete(key: str, why: str, *, feature: str | None = None) -> AdapterRefused:

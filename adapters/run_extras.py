@@ -4,6 +4,7 @@ From tensors that run_plan.py has read and set aside, and from the base's weight
 of files or formats.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -19,6 +20,8 @@ from adapters.replaced_rows import ReplacedRows
 from adapters.run_experts import run_experts
 from adapters.whole_rows import compare
 
+logger = logging.getLogger(__name__)
+
 Kept = dict[str, Tensor]
 """Tensor's name → the tensor as stored."""
 
@@ -32,8 +35,9 @@ class Sources:
     dtype: torch.dtype
     weights: BaseWeights | None
     max_full_bytes: int
-    progress: Callable[[float], object] | None
+    progress: Callable[[int, int], object] | None
     _rows_done: int = 0
+    _num_rows: int = 0  # 0: not counted yet
 
     def floats(self, name: str) -> Tensor:
         return self.kept[name].float()
@@ -46,11 +50,19 @@ class Sources:
         """Of the base's weights, that gains were computed from."""
         self._rows_done += num_rows
         if self.progress is not None:
-            placement = self.plan.placement
-            total = sum(pair.out_features for pair in placement.pairs if pair.pair.magnitude is not None)
-            if placement.embedding is not None and placement.embedding.magnitude is not None:
-                total += len(self.kept[placement.embedding.lora_a].flatten()) // placement.embedding.lora_rank
-            self.progress(self._rows_done / max(total, 1))
+            self._num_rows = self._num_rows or self._count_rows()
+            try:
+                self.progress(self._rows_done, self._num_rows)
+            except Exception:  # whoever watches, the load goes on
+                self.progress = None
+                logger.exception("the progress of a load is not told any more")
+
+    def _count_rows(self) -> int:
+        placement = self.plan.placement
+        total = sum(pair.out_features for pair in placement.pairs if pair.pair.magnitude is not None)
+        if placement.embedding is not None and placement.embedding.magnitude is not None:
+            total += self.kept[placement.embedding.lora_a].numel() // placement.embedding.lora_rank
+        return total
 
 
 @dataclass(slots=True)

@@ -25,8 +25,8 @@ from adapters.run_extras import Kept, Sources, check_finite, run_extras
 from adapters.tensor_pieces import PIECE_BYTES, Piece, read_piece, tensor_in
 from adapters.tensor_runs import copy_run
 
-Progress = Callable[[float], object]
-"""Told of the part that is done, 0 to 1, by loads that take seconds."""
+Progress = Callable[[int, int], object]
+"""Told of how many rows of the base have their norms, and of how many will, by loads that take seconds."""
 
 
 @dataclass(frozen=True, slots=True)

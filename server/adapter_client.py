@@ -7,7 +7,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from server.adapter_upload import AdapterUpload
@@ -16,7 +16,7 @@ from server.event_lines import read_events
 _TIMEOUT_SECONDS = 300  # of one reply; a load is asked for with `wait`, which ends long before
 _JSON = {"Content-Type": "application/json"}
 
-Query = Mapping[str, str | float | bool | None]
+Query = Mapping[str, str | float | bool | Sequence[str] | None]
 
 
 class ServerSaidNo(Exception):
@@ -47,10 +47,11 @@ class AdapterSettings:
     ttl: float | None = None
     priority: int | None = None
     load_inplace: bool | None = None
+    ignore: tuple[str, ...] = ()  # patterns of tensors to leave out
+    moe_lora_b_layout: str | None = None
 
     def given(self) -> dict[str, Any]:
-        values = (("pin", self.pin), ("ttl", self.ttl), ("priority", self.priority))
-        return {name: value for name, value in (*values, ("load_inplace", self.load_inplace)) if value is not None}
+        return {name: value for name, value in asdict(self).items() if value not in (None, ())}
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,13 +185,13 @@ def _alias(name: str) -> str:
 
 
 def _encoded(query: Query) -> str:
-    """?a=1&b=true of what is given; nothing for nothing."""
+    """?a=1&b=true&c=x&c=y of what is given; nothing for nothing."""
     given = {
         key: str(value).lower() if isinstance(value, bool) else value
         for key, value in query.items()
         if value is not None
     }
-    return f"?{urllib.parse.urlencode(given)}" if given else ""
+    return f"?{urllib.parse.urlencode(given, doseq=True)}" if given else ""
 
 
 def _explain(status: int, reason: str, data: bytes) -> str:

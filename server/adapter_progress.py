@@ -1,4 +1,4 @@
-"""Waits for a load that a server acknowledged, with a bar while its bytes come. Draws nothing where nobody looks."""
+"""Waits for a load that a server acknowledged, with a bar while it works. Draws nothing where nobody looks."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, Task, TaskID, TextColumn, TransferSpeedColumn
+from rich.text import Text
 
 from server.adapter_client import AdapterClient, Reply, ServerSaidNo
 from server.adapter_views import failure_of
@@ -45,6 +46,18 @@ def _is_at_work(adapter: Mapping[str, Any]) -> bool:
     return adapter.get("state") in _AT_WORK or adapter.get("pending") is not None
 
 
+class _Amount(DownloadColumn):
+    def render(self, task: Task) -> Text:
+        if not task.fields["counts_norms"]:
+            return super().render(task)
+        return Text(f"{task.completed:,.0f}/{task.total or 0:,.0f} norms", style="progress.download")
+
+
+class _Speed(TransferSpeedColumn):
+    def render(self, task: Task) -> Text:
+        return Text() if task.fields["counts_norms"] else super().render(task)
+
+
 class LoadBar:
     """A line on stderr that goes away at the end; nothing when stderr is no terminal."""
 
@@ -53,8 +66,8 @@ class LoadBar:
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
+            _Amount(binary_units=True),
+            _Speed(),
             console=self._console,
             transient=True,
             disable=not self._console.is_terminal,
@@ -64,14 +77,14 @@ class LoadBar:
 
     def __enter__(self) -> "LoadBar":
         self._progress.start()
-        self._task = self._progress.add_task(self._name, total=None)
+        self._task = self._progress.add_task(self._name, total=None, visible=False, counts_norms=False)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def show(self, adapter: Mapping[str, Any]) -> None:
-        """The state, and how many bytes of how many have come."""
+        """The state, and how many bytes, or norms, of how many there are."""
         progress = adapter.get("progress") or {}
         if self._task is not None:
             self._progress.update(
@@ -79,6 +92,8 @@ class LoadBar:
                 description=f"{self._name} {adapter.get('state')}",
                 completed=progress.get("done") or 0,
                 total=progress.get("total"),
+                visible=True,
+                counts_norms=progress.get("unit") == "norms",
             )
 
 
@@ -94,3 +109,14 @@ def sending(name: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
             bar.show({"state": "sending", "progress": {"done": done, "total": num_bytes}})
 
         yield sent
+
+
+@contextmanager
+def computing(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for norms of the base's rows: call what is yielded with how many are done, and how many there are."""
+    with LoadBar(name) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.show({"state": "computing", "progress": {"unit": "norms", "done": done, "total": total}})
+
+        yield show

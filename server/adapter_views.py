@@ -52,12 +52,22 @@ def adapter_row(adapter: Description) -> tuple[str, ...]:
         _shown(adapter.get("version"))[:12],
         _shown(adapter.get("lora_rank")),
         _size(adapter.get("num_bytes")),
-        _shown(adapter.get("state")),
+        _state(adapter),
         _shown(adapter.get("tier")),
         _shown(adapter.get("leases")),
         "pinned" if adapter.get("pin") else _NONE,
         _shown(adapter.get("source") or adapter.get("pending")),
     )
+
+
+def _state(adapter: Description) -> str:
+    """With how far its load is, as soon as there is something to say of that."""
+    state, progress = _shown(adapter.get("state")), adapter.get("progress") or {}
+    match progress.get("done"), progress.get("total"):
+        case int(done), int(total) if 0 < done <= total:
+            share = f"{100 * done // total}%"
+            return f"{state} {share}" if state in ("fetching", "validating") else f"{state}, new {share}"
+    return state
 
 
 def failure_of(adapter: Description) -> str | None:

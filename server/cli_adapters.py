@@ -51,6 +51,10 @@ class LoadOptions:
         Seconds after its last change at which the name is taken away.
     priority
         The higher, the later it leaves host memory; 0 if unset.
+    ignore
+        Leave out tensors whose whole name matches the pattern, such as '*.inv_freq'; may be given again.
+    moe_lora_b_layout
+        How B of fused experts is stored, where the adapter's files do not say.
     wait
         Wait until it is loaded; else answer as soon as the server has taken the order down.
     timeout
@@ -61,13 +65,20 @@ class LoadOptions:
     pin: Annotated[bool, Parameter(negative="")] = False
     ttl: PositiveFloat | None = None
     priority: int | None = None
+    ignore: Annotated[tuple[str, ...], Parameter(negative="")] = ()
+    moe_lora_b_layout: Literal["rank_major", "grouped_by_expert"] | None = None
     wait: bool = True
     timeout: PositiveFloat | None = None
 
     @property
     def settings(self) -> AdapterSettings:
         return AdapterSettings(
-            pin=self.pin or None, ttl=self.ttl, priority=self.priority, load_inplace=self.load_inplace or None
+            pin=self.pin or None,
+            ttl=self.ttl,
+            priority=self.priority,
+            load_inplace=self.load_inplace or None,
+            ignore=self.ignore,
+            moe_lora_b_layout=self.moe_lora_b_layout,
         )
 
     @property

@@ -6,7 +6,7 @@ them. Prints; decides nothing the loader does not decide.
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from cyclopts import Parameter
@@ -16,9 +16,11 @@ from transformers import AutoConfig
 
 from adapters.base_weights import BaseWeights
 from adapters.checkpoint import CheckpointLimits, LoadedAdapter, load_lora_model
-from adapters.errors import AdapterError, AdapterRefused
+from adapters.errors import AdapterError, AdapterOptionInvalid, AdapterRefused
 from adapters.module_names import BaseModules
 from adapters.own_tokenizer import OwnTokenizers
+from adapters.read_options import NO_OPTIONS, ReadOptions
+from server.adapter_progress import computing
 from server.adapter_tokenizer import check_files
 from server.cli_failure import CommandFailed
 from server.cli_options import Count
@@ -39,6 +41,8 @@ def check_command(
     model: str | None = None,
     revision: str | None = None,
     max_lora_rank: Count = _LIMITS.max_lora_rank,
+    ignore: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    moe_lora_b_layout: Literal["rank_major", "grouped_by_expert"] | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
     """Say whether the adapter in FOLDER would be served, and if not, why and what to do. Needs no server.
@@ -53,20 +57,27 @@ def check_command(
         Branch, tag or commit of a hub model.
     max_lora_rank
         The server's limit.
+    ignore
+        Leave out tensors whose whole name matches the pattern, such as '*.inv_freq'; may be given again.
+    moe_lora_b_layout
+        How B of fused experts is stored, where the adapter's files do not say.
     as_json
         Print the verdict as one line of JSON.
     """
     try:
+        options = ReadOptions(ignore=ignore, moe_lora_b_layout=moe_lora_b_layout)
         resolved = resolve_model(model, revision, notify=Console(stderr=True).print)
         base, dtype = outline(resolved.folder)
-    except ModelUnavailable as error:
+    except (AdapterOptionInvalid, ModelUnavailable) as error:
         raise CommandFailed(str(error)) from error
     except (OSError, ValueError) as error:
         raise CommandFailed(f"the config of {model} cannot be read: {error}") from error
     limits = CheckpointLimits(max_lora_rank=max_lora_rank, max_adapter_bytes=_LIMITS.max_adapter_bytes)
     try:
         weights, tokenizers = weights_of(resolved.folder, dtype), OwnTokenizers(resolved.folder, check=check_files)
-        return check_adapter(folder, base, dtype, limits, as_json=as_json, weights=weights, tokenizers=tokenizers)
+        return check_adapter(
+            folder, base, dtype, limits, as_json=as_json, weights=weights, tokenizers=tokenizers, options=options
+        )
     except OSError as error:
         raise CommandFailed(f"the weights of {model} cannot be read: {error}") from error
 
@@ -80,11 +91,22 @@ def check_adapter(
     as_json: bool,
     weights: BaseWeights | None = None,
     tokenizers: OwnTokenizers | None = None,
+    options: ReadOptions = NO_OPTIONS,
 ) -> int:
     """Print the verdict on `folder` against `base`; 0 = it would be served, 1 = refused."""
     console = Console()
     try:
-        loaded = load_lora_model(folder, base, limits=limits, dtype=dtype, weights=weights, tokenizers=tokenizers)
+        with computing(folder.name) as progress:
+            loaded = load_lora_model(
+                folder,
+                base,
+                limits=limits,
+                dtype=dtype,
+                weights=weights,
+                tokenizers=tokenizers,
+                options=options,
+                progress=progress,
+            )
     except AdapterError as error:
         _print_refusal(error, folder, as_json, console)
         return 1
@@ -127,6 +149,7 @@ def _print_verdict(loaded: LoadedAdapter, folder: Path, base: BaseModules, as_js
         f"  features  {', '.join(report.features) or 'plain LoRA'}",
         *(f"  {part:9} {count}, {format_memory(report.part_bytes[part])}" for part, count in report.parts.items()),
         *(f"  dropped   {tensor}: changes nothing" for tensor in report.dropped),
+        *(f"  ignored   {tensor}, {format_memory(num_bytes)}" for tensor, num_bytes in report.ignored.items()),
         *(f"  warning   {warning}" for warning in report.warnings),
     ]
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

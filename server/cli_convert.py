@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,6 +30,8 @@ from adapters.convert.peft_folder import folder_aside, write_peft_folder
 from adapters.convert.source_files import read_source
 from adapters.errors import AdapterError, AdapterRefused
 from adapters.lora_config import MAX_CONFIG_BYTES
+from adapters.read_options import ReadOptions
+from adapters.run_plan import Progress as OnNorms
 from adapters.untrusted_json import parse_object
 from server.cli_check import outline, weights_of
 from server.cli_failure import CommandFailed
@@ -57,12 +60,15 @@ class SourceFlags:
         loralib's MergedLinear: which slices of the output are adapted, such as true,false,true.
     name_map
         pairs: a JSON file that says which tensors belong to which module.
+    ignore
+        Leave out tensors whose whole name matches the pattern, such as '*.inv_freq'; may be given again.
     """
 
     alpha: float | None = None
     rank: Count | None = None
     enable_lora: str | None = None
     name_map: Annotated[Path | None, Parameter(name="--map")] = None
+    ignore: Annotated[tuple[str, ...], Parameter(negative="")] = ()
 
     def options(self, base_name: str) -> ConvertOptions:
         return ConvertOptions(base_name, self.alpha, self.rank, _flags(self.enable_lora), _read_map(self.name_map))
@@ -105,8 +111,9 @@ def convert_command(
     as_json
         Print the report as one line of JSON.
     """
-    asked = _Asked(source, out, None if format == "auto" else format, _DTYPES.get(dtype))
     try:
+        ignore = ReadOptions(ignore=of_source.ignore)
+        asked = _Asked(source, out, None if format == "auto" else format, _DTYPES.get(dtype), ignore)
         resolved = resolve_model(model, revision, notify=Console(stderr=True).print)
         report = _make(asked, resolved, of_source.options(model or resolved.name), max_lora_rank)
     except (CannotConvert, AdapterError, ModelUnavailable) as error:
@@ -121,6 +128,7 @@ class _Asked:
     out: Path
     format: Format | None
     dtype: torch.dtype | None
+    ignore: ReadOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +137,14 @@ class _Report:
     format: Format
     base: str
     dtype: str
+    ignored: dict[str, int]
     error: WrittenErrors
     pickle: dict[str, object] | None
     warnings: tuple[str, ...]
     verdict: dict[str, object]
 
     def to_dict(self) -> dict[str, object]:
-        names = ("source", "format", "base", "dtype", "pickle")
+        names = ("source", "format", "base", "dtype", "pickle", "ignored")
         plain = {name: getattr(self, name) for name in names}
         return plain | {"warnings": list(self.warnings), "error": self.error.to_dict(), "check": self.verdict}
 
@@ -143,7 +152,7 @@ class _Report:
 def _make(asked: _Asked, base: ResolvedModel, options: ConvertOptions, max_lora_rank: int) -> _Report:
     """Read, convert, write aside, measure, check; then the folder takes its name."""
     with folder_aside(asked.out) as aside, _bar() as progress:
-        source = read_source(asked.source)
+        source, ignored = read_source(asked.source).without(asked.ignore)
         kind = format_of(source, asked.format, options)
         conversion = convert(source, kind, _base(base), options, progress)
         if asked.dtype is not None:
@@ -151,12 +160,13 @@ def _make(asked: _Asked, base: ResolvedModel, options: ConvertOptions, max_lora_
         write_peft_folder(aside, conversion.config, conversion.tensors, source.companions)
         error = compare_written(aside, conversion, progress)
         progress("checking", 0, 1)
-        verdict = _verdict(aside, base, max_lora_rank)
+        verdict = _verdict(aside, base, max_lora_rank, partial(progress, "computing norms"))
         report = _Report(
             source=str(asked.source),
             format=kind,
             base=options.base_name,
             dtype=_dtypes(conversion),
+            ignored=ignored,
             error=error,
             pickle={"own_network_namespace": source.has_own_network} if source.is_pickle else None,
             warnings=conversion.warnings,
@@ -193,12 +203,13 @@ def _weights(folder: Path) -> tuple[LiveWeights, torch.dtype]:
         raise CannotConvert(f"the weights of the base in {folder} cannot be read: {error}") from error
 
 
-def _verdict(folder: Path, base: ResolvedModel, max_lora_rank: int) -> dict[str, object]:
+def _verdict(folder: Path, base: ResolvedModel, max_lora_rank: int, progress: OnNorms) -> dict[str, object]:
     """What `loramux check` says of the folder."""
     limits = CheckpointLimits(max_lora_rank=max_lora_rank, max_adapter_bytes=_LIMITS.max_adapter_bytes)
     modules, dtype = outline(base.folder)
     try:
-        loaded = load_lora_model(folder, modules, limits=limits, dtype=dtype, weights=weights_of(base.folder, dtype))
+        weights = weights_of(base.folder, dtype)
+        loaded = load_lora_model(folder, modules, limits=limits, dtype=dtype, weights=weights, progress=progress)
     except AdapterRefused as error:
         return {
             "served": False,
@@ -263,6 +274,7 @@ def _print(report: _Report, out: Path, as_json: bool, console: Console) -> None:
         f"  error     max {error['max']:.2e}, mean {error['mean']:.2e} of ΔW's elements, against the source in float64",
         f"  worst     {error['worst_relative']:.2e} of ‖ΔW‖, in {error['worst_module']}",
         f"  copied    {error['num_kept_tensors']} tensors, at most {error['kept_max']:.2e} off",
+        *(f"  ignored   {tensor}, {num_bytes} bytes" for tensor, num_bytes in report.ignored.items()),
         *(f"  warning   {warning}" for warning in report.warnings),
     ]
     if verdict["served"]:

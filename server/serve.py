@@ -33,6 +33,7 @@ from server.engine.engine import Engine
 from server.lifecycle.assembly import AdapterParts, open_adapters
 from server.lifecycle.catalogue_errors import CatalogueError
 from server.lifecycle.control import MISS_OWNER, START_OWNER, WantedAdapter
+from server.lifecycle.sources.source_options import with_options
 from server.metrics import Metrics
 from server.tokenizer import Tokenizer, TokenizerNotLoaded
 
@@ -240,9 +241,9 @@ async def load_adapters(
         if name in samples and service.owner_of(name) not in (None, START_OWNER, MISS_OWNER):
             logger.info("the sample %s is not loaded: the name is taken", name)
             continue
-        wanted = WantedAdapter(name=name, source=str(folder.absolute()), managed_by=START_OWNER)
         try:
-            await service.apply(wanted)
+            source = with_options(str(folder.absolute()))
+            await service.apply(WantedAdapter(name=name, source=source, managed_by=START_OWNER))
         except AdapterError as error:
             raise StartupRefused(f"adapter {name!r} from {folder} cannot be served: {error}") from error
     await service.forget_start([name for name, _ in modules])

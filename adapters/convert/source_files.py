@@ -4,7 +4,7 @@ A pickle is read by another process (`pickle_reader.py`). Knows nothing of what 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from adapters.convert.failure import CannotConvert
 from adapters.convert.pickle_reader import read_pickle
 from adapters.convert.stored_tensors import read_file
 from adapters.lora_config import CONFIG_NAME, MAX_CONFIG_BYTES
+from adapters.read_options import ReadOptions, ignored_among
 from adapters.untrusted_json import parse_object, shown
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -38,6 +39,12 @@ class Source:
     @property
     def is_pickle(self) -> bool:
         return self.has_own_network is not None
+
+    def without(self, options: ReadOptions) -> tuple["Source", dict[str, int]]:
+        """What is left when tensors are ignored, and those with their bytes. Raises AdapterRefused."""
+        ignored = ignored_among({name: tensor.nbytes for name, tensor in self.tensors.items()}, options.ignore)
+        left = {name: tensor for name, tensor in self.tensors.items() if name not in ignored}
+        return replace(self, tensors=left), ignored
 
 
 def read_source(path: Path) -> Source:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.responses import JSONResponse
 
 from adapters.errors import AdapterNotFound
+from adapters.read_options import ReadOptions
 from server.api.adapter_stream import AdapterStream
 from server.api.auth import Role, role_router
 from server.api.context import ServerContext, server_context
@@ -23,6 +24,7 @@ from server.api.sse import SSEResponse
 from server.lifecycle.adapter_description import AdapterDescription, unloaded
 from server.lifecycle.adapter_events import AdapterChanges
 from server.lifecycle.load_job import LoadJob, LoadOutcome, wait_at_most
+from server.lifecycle.sources.source_options import with_options
 
 router = role_router(Role.ADMIN)
 
@@ -54,11 +56,23 @@ class AdminFields(BaseModel):
         return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
 
 
-class LoadAdapterRequest(AdminFields):
+class SourceFields(AdminFields):
+    """A source, and the load options, which it may also carry itself (`source#ignore=…`)."""
+
+    source: str = Field(min_length=1, max_length=MAX_SOURCE_CHARS)
+    ignore: list[str] = Field(default_factory=list)
+    moe_lora_b_layout: str | None = None
+
+    @property
+    def options(self) -> ReadOptions:
+        """Raises AdapterOptionInvalid."""
+        return ReadOptions(ignore=tuple(self.ignore), moe_lora_b_layout=self.moe_lora_b_layout)
+
+
+class LoadAdapterRequest(SourceFields):
     """POST /v1/adapters; a setting that is absent stays as the name has it."""
 
     name: str = Field(min_length=1, max_length=512)
-    source: str = Field(min_length=1, max_length=MAX_SOURCE_CHARS)
     load_inplace: bool = False
     pin: bool | None = None
     ttl: float | None = Field(None, gt=0, le=MAX_TTL_SECONDS)  # seconds
@@ -71,10 +85,6 @@ class ChangeAdapterRequest(AdminFields):
     pin: bool | None = None
     ttl: float | None = Field(None, ge=0, le=MAX_TTL_SECONDS)
     priority: Priority | None = None
-
-
-class ValidateAdapterRequest(AdminFields):
-    source: str = Field(min_length=1, max_length=MAX_SOURCE_CHARS)
 
 
 @router.get("/v1/adapters", response_model=None)
@@ -101,7 +111,8 @@ async def load_adapter(body: LoadAdapterRequest, request: Request, context: Cont
     """202 when it was accepted; with `wait` seconds, 201 when the name was new and 200 when it was there (replaced or
     unchanged), or 202 after all when that takes longer.
     """
-    wanted = context.adapters.changes.asked(**body.model_dump())
+    settings = body.model_dump(exclude={"ignore", "moe_lora_b_layout"})
+    wanted = context.adapters.changes.asked(**settings, options=body.options)
     return await loading_reply(context, request, await context.adapters.submit(wanted), wait)
 
 
@@ -123,12 +134,11 @@ async def loading_reply(context: ServerContext, request: Request, job: LoadJob, 
 
 
 @router.post("/v1/adapters/{name:path}/validate")
-async def validate_adapter(
-    name: str, body: ValidateAdapterRequest, request: Request, context: Context
-) -> dict[str, Any]:
+async def validate_adapter(name: str, body: SourceFields, request: Request, context: Context) -> dict[str, Any]:
     """Whether the adapter would be served under the name, read and checked to the end; nothing is kept."""
     context.adapters.check_name(name)
-    loaded = await run_while_connected(request.receive, context.adapters.loader.validate(body.source))
+    source = with_options(body.source, body.options)
+    loaded = await run_while_connected(request.receive, context.adapters.loader.validate(source))
     return {"object": "adapter.validation", "ok": True, "version": loaded.model.version, **loaded.report.to_dict()}
 
 

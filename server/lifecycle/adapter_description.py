@@ -85,7 +85,7 @@ class AdapterDescription:
         return {
             "source": record.source,
             "pending": None if job is None else job.wanted.source,
-            "progress": None if job is None else {"done": job.num_done, "total": job.num_total},
+            "progress": None if job is None else job.progress_dict(),
             "failure": None if failure is None else {"code": failure[0], "why": failure[1]},
             "pin": record.pin,
             "ttl": record.ttl,

@@ -5,6 +5,9 @@ reader is bounded by the number of names.
 """
 
 import asyncio
+import math
+import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -30,6 +33,21 @@ class AdapterEvents:
     def changes(self) -> "AdapterChanges":
         """The names that change from now on, while the context lasts."""
         return AdapterChanges(self._readers)
+
+
+class AtMostEvery:
+    """Calls `tell` when it is called, but for calls that come sooner than `seconds` after one that did."""
+
+    def __init__(self, seconds: float, tell: Callable[[], None]) -> None:
+        self._seconds = seconds
+        self._tell = tell
+        self._next = -math.inf
+
+    def __call__(self) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + self._seconds
+            self._tell()
 
 
 class AdapterChanges:

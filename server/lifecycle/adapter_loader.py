@@ -20,14 +20,14 @@ from adapters.errors import AdapterAlreadyLoaded, AdapterError
 from adapters.lora_model import LoRAModel
 from adapters.version_store import VersionStore
 from server.errors import ServerError
-from server.lifecycle.adapter_events import AdapterEvents
+from server.lifecycle.adapter_events import AdapterEvents, AtMostEvery
 from server.lifecycle.catalogue_records import AdapterRecord, VersionRecord
 from server.lifecycle.control import API_OWNER, MISS_OWNER, WantedAdapter
 from server.lifecycle.directory import AdapterDirectory, ref_of
 from server.lifecycle.errors import AdapterLoadCancelled
 from server.lifecycle.failed_loads import FailedLoads
 from server.lifecycle.host_tier import HostTier
-from server.lifecycle.load_job import AdapterLoad, LoadJob, LoadOutcome, LoadStage
+from server.lifecycle.load_job import AdapterLoad, LoadJob, LoadOutcome, LoadStage, ProgressUnit
 from server.lifecycle.pending_load import accepted_by, announced, parse_pending, pending_text
 from server.lifecycle.source_reader import SourceReader
 from server.lifecycle.sources.in_thread import in_thread
@@ -35,6 +35,8 @@ from server.lifecycle.version_locks import VersionLocks
 from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
+
+_TELL_EVERY = 0.5  # seconds, at most, of how far a load is
 
 
 class AdapterLoader:
@@ -182,7 +184,13 @@ class AdapterLoader:
             job.stage = LoadStage.VALIDATING
             self._on_change(wanted.name)
 
-        loaded = await self._sources.read(wanted.source, progress=job.progress, on_fetched=on_fetched)
+        tell = AtMostEvery(_TELL_EVERY, lambda: self._on_change(wanted.name))
+
+        def progress(unit: ProgressUnit, num_done: int, num_total: int | None) -> None:
+            job.progress(unit, num_done, num_total)
+            tell()
+
+        loaded = await self._sources.read(wanted.source, progress=progress, on_fetched=on_fetched)
         version = loaded.model.version
         self._outcome(wanted, version)  # refused before anything is kept
         try:

@@ -2,6 +2,7 @@
 
     adapters:
       - {name: sql, source: hf://org/sql, pin: true, ttl: 3600, priority: 1}   # name and source are required
+      - {name: tone, source: tone, ignore: [visual.*], moe_lora_b_layout: rank_major}
     aliases:
       default: [{adapter: sql, weight: 90}, {adapter: sql@1234abcd, weight: 10}]
 
@@ -19,12 +20,14 @@ from typing import NoReturn
 
 import yaml
 
-from adapters.errors import AdapterNameInvalid
+from adapters.errors import AdapterNameInvalid, AdapterOptionInvalid
+from adapters.read_options import ReadOptions
 from adapters.registry import check_adapter_name
 from adapters.untrusted_json import shown
 from server.lifecycle.alias_target import parse_target
 from server.lifecycle.catalogue_records import AliasTarget
 from server.lifecycle.control import FILE_OWNER, WantedAdapter
+from server.lifecycle.sources.source_options import with_options
 
 MAX_FILE_BYTES = 4 * 1024**2
 _MAX_DEPTH = 8
@@ -151,17 +154,30 @@ def _items(node: yaml.Node | None, what: str) -> list[yaml.Node]:
 
 
 def _adapter(node: yaml.Node, folder: Path) -> WantedAdapter:
-    optional = ("pin", "ttl", "priority")
+    optional = ("pin", "ttl", "priority", "ignore", "moe_lora_b_layout")
     fields = _fields(node, "an adapter", required=("name", "source"), optional=optional)
     ttl = fields.get("ttl")
     return WantedAdapter(
         name=_name(fields["name"]),
-        source=_source(fields["source"], folder),
+        source=_loaded_as(_source(fields["source"], folder), fields, node),
         pin=_truth(fields["pin"], "pin") if "pin" in fields else False,
         ttl=None if ttl is None or _is(ttl, "null") else _number(ttl, "ttl", over_zero=True),
         priority=_whole(fields["priority"], "priority") if "priority" in fields else 0,
         managed_by=FILE_OWNER,
     )
+
+
+def _loaded_as(source: str, fields: Mapping[str, yaml.Node], node: yaml.Node) -> str:
+    """The source with its load options."""
+    ignore, layout = fields.get("ignore"), fields.get("moe_lora_b_layout")
+    patterns = tuple(_text(item, "a pattern of ignore") for item in _items(ignore, "ignore"))
+    try:
+        asked = ReadOptions(
+            ignore=patterns, moe_lora_b_layout=None if layout is None else _text(layout, "moe_lora_b_layout")
+        )
+        return with_options(source, asked)
+    except AdapterOptionInvalid as error:
+        _refuse(ignore or layout or node, str(error))
 
 
 def _aliases(node: yaml.Node | None, adapters: Mapping[str, int]) -> dict[str, tuple[AliasTarget, ...]]:

@@ -17,6 +17,7 @@ from server.lifecycle.adapter_service import AdapterService
 from server.lifecycle.adapters_file import AdaptersFile
 from server.lifecycle.catalogue import Catalogue
 from server.lifecycle.source_reader import ReadAdapter
+from server.lifecycle.sources.source_options import split_options
 from server.lifecycle.sources.source_template import SourceTemplate
 from server.lifecycle.sources.sources import SourceLimits, Sources
 from server.lifecycle.sources.upload_store import UploadStore
@@ -115,4 +116,5 @@ def allowed_roots(config: AdapterConfig, named: Sequence[Path]) -> tuple[Path, .
     if not config.allowed_roots:
         return ()
     watched = () if config.adapter_dir is None else (config.adapter_dir,)
-    return (*config.allowed_roots, *(path.absolute() for path in (*watched, *named)))
+    places = (Path(split_options(str(path.absolute()))[0]) for path in named)
+    return (*config.allowed_roots, *(path.absolute() for path in watched), *places)

@@ -83,4 +83,6 @@ def _report_of(values: Mapping[str, Any]) -> LoadReport:
             found[name] = tuple(value) if isinstance(value, list) else value
     if "gain_ranges" in found:
         found["gain_ranges"] = {kind: tuple(ends) for kind, ends in found["gain_ranges"].items()}
+    if "ignored" in found:
+        found["ignored"] = dict(found["ignored"])  # once a list, always empty
     return LoadReport(**found)

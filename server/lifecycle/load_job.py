@@ -16,6 +16,11 @@ class LoadStage(StrEnum):
     VALIDATING = "validating"
 
 
+class ProgressUnit(StrEnum):
+    BYTES = "bytes"  # fetched
+    NORMS = "norms"  # of the base's rows, which DoRA's gains are computed from
+
+
 class LoadOutcome(StrEnum):
     LOADED = "loaded"  # the name is new
     REPLACED = "replaced"
@@ -45,7 +50,8 @@ class LoadJob:
     record_created_at: float | None = None  # of that record: one that was deleted and made anew is another's
     is_foreign: bool = False  # another server took it on
     stage: LoadStage = LoadStage.FETCHING
-    num_done: int = 0  # bytes fetched
+    unit: ProgressUnit = ProgressUnit.BYTES  # what is counted
+    num_done: int = 0
     num_total: int | None = None
     num_waiters: int = 0
     num_told: int = 0  # of those who asked for the load, how many wait and will be told of a failure
@@ -53,8 +59,12 @@ class LoadJob:
     done: "asyncio.Future[AdapterLoad]" = field(default_factory=_future)
     task: "asyncio.Task[None] | None" = None
 
-    def progress(self, num_done: int, num_total: int | None) -> None:
-        self.num_done, self.num_total = num_done, num_total
+    def progress(self, unit: ProgressUnit, num_done: int, num_total: int | None) -> None:
+        self.unit, self.num_done, self.num_total = unit, num_done, num_total
+
+    def progress_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return {"unit": self.unit.value, "done": self.num_done, "total": self.num_total}
 
     def fail(self, error: BaseException) -> None:
         """Tell whoever waits, now or later."""

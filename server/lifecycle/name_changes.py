@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from adapters.adapter_ref import AdapterRef, AdapterVersion
 from adapters.errors import AdapterCapacity, AdapterNotFound
+from adapters.read_options import NO_OPTIONS, ReadOptions
 from adapters.registry import AdapterRegistry
 from adapters.untrusted_json import shown
 from server.lifecycle.adapter_loader import AdapterLoader
@@ -14,6 +15,7 @@ from server.lifecycle.control import WantedAdapter
 from server.lifecycle.directory import AdapterDirectory
 from server.lifecycle.errors import NoPreviousVersion
 from server.lifecycle.host_tier import HostTier
+from server.lifecycle.sources.source_options import with_options
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +38,15 @@ class NameChanges:
         pin: bool | None = None,
         ttl: float | None = None,
         priority: int | None = None,
+        options: ReadOptions = NO_OPTIONS,
     ) -> WantedAdapter:
-        """What a caller of an API wants: a setting that is None stays as the name has it."""
+        """What a caller of an API wants: a setting that is None stays as the name has it, and load options are the
+        source's. Raises AdapterOptionInvalid.
+        """
         known = self._directory.records.get(name) or AdapterRecord(name=name)
         return WantedAdapter(
             name=name,
-            source=source,
+            source=with_options(source, options),
             load_inplace=load_inplace,
             pin=known.pin if pin is None else pin,
             ttl=known.ttl if ttl is None else ttl,

@@ -3,18 +3,32 @@
 import asyncio
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 from adapters.adapter_folder import AdapterFolder
 from adapters.checkpoint import LoadedAdapter
+from adapters.read_options import ReadOptions
+from server.lifecycle.load_job import ProgressUnit
 from server.lifecycle.load_threads import NUM_THREADS, load_threads
 from server.lifecycle.sources.in_thread import in_thread
-from server.lifecycle.sources.sources import Progress, Sources
+from server.lifecycle.sources.source_options import split_options
+from server.lifecycle.sources.sources import Sources
+from server.lifecycle.sources.thread_reports import ThreadReports
 
-ReadAdapter = Callable[[AdapterFolder], LoadedAdapter]
-"""Reads and checks one folder, in a worker thread; raises AdapterError."""
+LoadProgress = Callable[[ProgressUnit, int, int | None], None]
+"""(what is counted, how many are done, how many in all or None while that is not known), called on the event loop."""
 
 
-def _ignore_progress(num_done: int, num_total: int | None) -> None:
+class ReadAdapter(Protocol):
+    """Reads and checks one folder, in a worker thread; raises AdapterError. `progress` is told of the norms that are
+    computed, of loads that need some, and may be called thousands of times."""
+
+    def __call__(
+        self, folder: AdapterFolder, /, *, options: ReadOptions, progress: Callable[[int, int], object]
+    ) -> LoadedAdapter: ...
+
+
+def _ignore_progress(unit: ProgressUnit, num_done: int, num_total: int | None) -> None:
     pass
 
 
@@ -23,6 +37,8 @@ def _ignore_fetched() -> None:
 
 
 class SourceReader:
+    """A source may carry load options (sources/source_options.py)."""
+
     def __init__(self, sources: Sources, read: ReadAdapter) -> None:
         self._sources = sources
         self._read = read
@@ -31,18 +47,21 @@ class SourceReader:
 
     def check(self, source: str) -> None:
         """Raises AdapterError for what can be told from the source's text."""
-        self._sources.check(source)
+        self._sources.check(split_options(source)[0])
 
     async def read(
         self,
         source: str,
         *,
-        progress: Progress = _ignore_progress,
+        progress: LoadProgress = _ignore_progress,
         on_fetched: Callable[[], None] = _ignore_fetched,
     ) -> LoadedAdapter:
         """`on_fetched` is called between fetching and reading. Raises AdapterError."""
-        async with self._sources.fetched(source, progress) as folder:
+        place, options = split_options(source)
+        async with self._sources.fetched(place, partial(progress, ProgressUnit.BYTES)) as folder:
             on_fetched()
             async with self._reads:
-                work = partial(self._read, folder)
-                return await in_thread(work, executor=self.threads, wait_if_cancelled=True)  # it reads what is closed
+                with ThreadReports(partial(progress, ProgressUnit.NORMS)) as reports:
+                    work = partial(self._read, folder, options=options, progress=reports.from_thread)
+                    # it reads what is closed
+                    return await in_thread(work, executor=self.threads, wait_if_cancelled=True)

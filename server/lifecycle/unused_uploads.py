@@ -32,7 +32,8 @@ async def sweep_once(uploads: UploadStore, used: Callable[[], Collection[str]], 
     """What is unused now. What was so at the last sweep too goes, if it was not received again in between: an upload
     that has just come in is used only when its load has begun.
     """
-    found, sources = await asyncio.to_thread(uploads.received), used()
+    found = await asyncio.to_thread(uploads.received)
+    sources = {source.partition("#")[0] for source in used()}  # without the options it is loaded with
     now_unused = frozenset(each for each in found.items() if f"upload:{each[0]}" not in sources)
     for upload_id, received in unused & now_unused:
         await asyncio.to_thread(uploads.remove, upload_id, received=received)

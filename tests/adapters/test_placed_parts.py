@@ -56,14 +56,15 @@ def test_plain_pairs_have_no_extras(tmp_path: Path) -> None:
 
 def test_a_gain_is_of_the_replaced_weight_and_in_b(tmp_path: Path) -> None:
     weights, magnitude = FakeWeights(), torch.rand(OUT) + 0.5
-    told: list[float] = []
+    told: list[tuple[int, int]] = []
     tensors = of_pair() | {"m": magnitude}
-    ran = run_proposal(tmp_path, Proposal(pairs=(pair(magnitude="m"),)), tensors, weights=weights, progress=told.append)
+    proposal = Proposal(pairs=(pair(magnitude="m"),))
+    ran = run_proposal(tmp_path, proposal, tensors, weights=weights, progress=lambda *counts: told.append(counts))
     lora_a, lora_b = tensors[f"{Q}.A"], tensors[f"{Q}.B"] * 2.0
     gain = magnitude / (weights.tensors[f"{Q}.weight"] + lora_b @ lora_a).norm(dim=1)
     torch.testing.assert_close(ran.extras.gains[Q], gain)
     torch.testing.assert_close(ran.modules[Q].lora_b, (gain[:, None] * lora_b).T)
-    assert ran.extras.base_print == "print" and not ran.extras.gain_covers_bias and told == [1.0]
+    assert ran.extras.base_print == "print" and not ran.extras.gain_covers_bias and told == [(OUT, OUT)]
 
 
 def test_a_gain_of_a_head_that_is_replaced_is_of_what_replaces_it(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from server.config import EngineConfig, HTTPConfig, LoRALimits, ModelConfig, Ser
 from server.engine.request import Request
 from server.lifecycle.adapter_service import AdapterService
 from server.lifecycle.catalogue import Catalogue
+from server.lifecycle.source_reader import ReadAdapter
 from server.lifecycle.sources.source_template import SourceTemplate
 from server.lifecycle.sources.sources import SourceLimits, Sources
 from server.lifecycle.sources.upload_store import UploadStore
@@ -100,6 +101,8 @@ async def adapter_world(
     cold_timeout: float = 30.0,
     roots: tuple[Path, ...] = (),
     template: str | None = None,
+    read: ReadAdapter | None = None,
+    fingerprint: str = "",
 ) -> AsyncIterator[AdapterWorld]:
     engine, metrics, lora = KeepingEngine(), Metrics(BASES[0]), lora or LoRALimits()
     state = StateFolder.at(folder / ".state")
@@ -107,10 +110,10 @@ async def adapter_world(
     limits = SourceLimits(max_bytes=LIMITS.max_adapter_bytes)
     service = AdapterService(
         engine,
-        partial(load_lora_model, base=TINY_BASE, limits=LIMITS, dtype=torch.float32),
+        read or partial(load_lora_model, base=TINY_BASE, limits=LIMITS, dtype=torch.float32),
         metrics,
         catalogue=Catalogue.open(state.catalogue_url),
-        store=VersionStore(state.versions, base_key=base_key(TINY_BASE, torch.float32)),
+        store=VersionStore(state.versions, base_key=base_key(TINY_BASE, torch.float32), fingerprint=fingerprint),
         sources=Sources(roots=roots, allowed_urls=("hf://",), staging=state.staging, limits=limits, uploads=uploads),
         base_names=BASES,
         limits=lora,

@@ -43,6 +43,7 @@ class FakeAdapterServer:
         self.aliases: dict[str, list[dict[str, Any]]] = {}
         self.received: list[tuple[str, str, str | None, Any]] = []
         self.slow: dict[str, int] = {}
+        self.unit = "bytes"  # what loads count
         self.broken: dict[str, tuple[str, str]] = {}
         self.draining: set[str] = set()
         self.quota = 1 << 30
@@ -61,7 +62,7 @@ class FakeAdapterServer:
             before = self.adapters.get(name, {"version": None, "lora_rank": None, "num_bytes": None, "source": None})
             adapter |= {key: before[key] for key in ("version", "lora_rank", "num_bytes", "source")}
             adapter |= {"state": "fetching" if new else "ready", "pending": source, "report": None}
-            adapter["progress"] = {"done": 0, "total": TOTAL}
+            adapter["progress"] = {"unit": self.unit, "done": 0, "total": TOTAL}
             self.adapters[name] = adapter
             return 202, adapter
         self.adapters[name] = adapter
@@ -77,7 +78,8 @@ class FakeAdapterServer:
 
     def _go_on(self, name: str, adapter: dict[str, Any]) -> None:
         left = self.slow[name] = self.slow.get(name, 0) - 1
-        adapter["progress"] = {"done": TOTAL // (left + 1) if left >= 0 else TOTAL, "total": TOTAL}
+        done = TOTAL // (left + 1) if left >= 0 else TOTAL
+        adapter["progress"] = {"unit": self.unit, "done": done, "total": TOTAL}
         if left <= 0:
             source, fault = adapter["pending"], self.broken.get(name)
             self.adapters[name] = description(name, source=source)

@@ -188,6 +188,41 @@ def test_check_reads_the_base_s_weights_where_an_adapter_needs_them(
     assert "features  dora" in out and "gains     2, " in out
 
 
+def test_check_shows_how_many_norms_are_done_on_a_terminal(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    config = LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(tmp_path)
+    assert run(["check", str(tmp_path), "--model", str(tiny_model)]) == 0
+    assert "64/64 norms" in capsys.readouterr().err
+    assert run(["check", str(tmp_path), "--model", str(tiny_model), "--ignore", "nothing"]) == 1
+
+
+def test_check_ignores_what_it_is_told_to(
+    tiny_model: Path, tiny_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["check", str(tiny_adapter), "--model", str(tiny_model)]
+    ignore = ["--ignore", "*.layers.0.*q_proj*", "--ignore", "*.layers.1.*v_proj*"]
+    assert run([*command, *ignore]) == 0
+    out = capsys.readouterr().out
+    assert "2 of 14: q_proj x 1, v_proj x 1" in out
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert f"ignored   {name}, 512 B" in out and out.count("  ignored   ") == 4
+    assert run([*command, *ignore, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ignored"][name] == 512
+    assert run([*command, "--ignore", "*.norm.*"]) == 1
+    assert "at   ignore=*.norm.*" in capsys.readouterr().out
+    assert run([*command, "--ignore", "*.lora_A.weight"]) == 1
+    assert "adapter_incomplete_pair" in capsys.readouterr().out
+    assert run([*command, "--ignore", "x" * 300]) == 1
+    assert "1 to 256" in capsys.readouterr().err
+    assert run([*command, "--moe-lora-b-layout", "rank_major"]) == 1
+    assert "no pair of fused experts" in capsys.readouterr().out
+
+
 def test_check_as_json(tiny_model: Path, tiny_adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["check", str(tiny_adapter), "--model", str(tiny_model), "--json"]) == 0
     verdict = json.loads(capsys.readouterr().out)

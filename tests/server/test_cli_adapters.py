@@ -7,6 +7,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from rich.console import Console
@@ -17,7 +19,7 @@ from server.adapter_views import failure_of
 from server.adapter_watch import AdapterRows, watch_adapters
 from server.cli import run
 from server.event_lines import read_events
-from tests.server.fake_adapter_server import VERSION, FakeAdapterServer, description, serving
+from tests.server.fake_adapter_server import TOTAL, VERSION, FakeAdapterServer, description, serving
 
 Capture = pytest.CaptureFixture[str]
 
@@ -74,6 +76,25 @@ def test_ls_is_a_table_on_a_terminal(url: str, fake: FakeAdapterServer, terminal
     assert "\x1b]0;" not in out  # and nothing that steers the terminal
 
 
+@pytest.mark.parametrize(
+    ("state", "progress", "cell"),
+    [
+        ("validating", {"unit": "norms", "done": 50, "total": 224}, "validating 22%"),
+        ("fetching", {"unit": "bytes", "done": 0, "total": 224}, "fetching"),
+        ("fetching", {"unit": "bytes", "done": 7, "total": None}, "fetching"),
+        ("ready", {"unit": "norms", "done": 224, "total": 224}, "ready, new 100%"),
+        ("ready", None, "ready"),
+        ("ready", {"done": "x", "total": -1}, "ready"),
+    ],
+)
+def test_ls_shows_how_far_a_load_is(
+    url: str, fake: FakeAdapterServer, capsys: Capture, state: str, progress: Any, cell: str
+) -> None:
+    fake.adapters["sql"] = description("sql", state=state, progress=progress)
+    assert _run("ls") == 0
+    assert capsys.readouterr().out.splitlines()[1].split("\t")[4] == cell
+
+
 def test_ls_as_json_is_the_servers_answer(url: str, fake: FakeAdapterServer, capsys: Capture) -> None:
     fake.adapters["sql"] = description("sql")
     assert _run("ls", "--json") == 0
@@ -106,6 +127,20 @@ def test_load_and_unload_send_what_was_typed(
     assert out[-1] == "b is unloaded; 2 KiB of host memory and 1 MiB of device memory freed"
 
 
+def test_load_options_are_sent_with_a_load_and_with_an_upload(
+    url: str, fake: FakeAdapterServer, tmp_path: Path, capsys: Capture
+) -> None:
+    options = ["--ignore", "*.inv_freq", "--ignore", "visual.*", "--moe-lora-b-layout", "grouped_by_expert"]
+    assert _run("load", "sql", "hf://org/sql", *options) == 0
+    assert _run("upload", "b", str(_folder(tmp_path / "a", b"x")), *options) == 0
+    sent = {"ignore": ["*.inv_freq", "visual.*"], "moe_lora_b_layout": "grouped_by_expert"}
+    assert fake.received[0][3] == {"name": "sql", "source": "hf://org/sql", **sent}
+    assert parse_qs(urlsplit(fake.received[1][1]).query) == {
+        "name": ["b"], "wait": ["1.0"], "ignore": sent["ignore"], "moe_lora_b_layout": ["grouped_by_expert"]
+    }  # fmt: skip
+    assert _run("load", "sql", "hf://org/sql", "--moe-lora-b-layout", "columns") == 2
+
+
 def test_a_slow_load_is_waited_for(url: str, fake: FakeAdapterServer, capsys: Capture) -> None:
     fake.slow["sql"] = 4
     assert _run("load", "sql", "hf://org/sql") == 0
@@ -134,6 +169,15 @@ def test_a_load_shows_its_progress_and_report_on_a_terminal(
     assert "1.0 MiB" in err or "/1.0" in err
     assert "2: q_proj x 2" in out
     assert "B is zero" in out
+
+
+def test_a_load_shows_how_many_norms_are_done_on_a_terminal(
+    url: str, fake: FakeAdapterServer, terminal: None, capsys: Capture
+) -> None:
+    fake.slow["sql"], fake.unit = 50, "norms"
+    assert _run("load", "sql", "hf://org/sql") == 0
+    err = capsys.readouterr().err
+    assert f"/{TOTAL:,} norms" in err and "MB" not in err and "MiB" not in err and "bytes" not in err
 
 
 def test_a_load_that_is_not_waited_for_says_so(url: str, fake: FakeAdapterServer, capsys: Capture) -> None:

@@ -213,6 +213,23 @@ def test_an_adapter_that_changed_its_base_is_served_after_the_conversion(
     assert_same_logits(base, tmp_path / "in", tmp_path / "out")
 
 
+def test_tensors_that_are_ignored_are_not_converted_and_are_told(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = _layer(UP, "lora_A", "lora_B")
+    source = _save(tmp_path / "in.pt", tensors | {"rotary.inv_freq": torch.ones(4)})
+    command = [source, tmp_path / "out", "--model", base, "--alpha", 8]
+    assert _convert(*command) == 1
+    assert "rotary.inv_freq" in capsys.readouterr().err
+    assert _convert(*command, "--ignore", "*.inv_frequency") == 1
+    assert "ignore=*.inv_frequency" in capsys.readouterr().err
+    assert _convert(*command, "--ignore", "*.inv_freq") == 0
+    assert "ignored   rotary.inv_freq, 16 bytes" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "convert_report.json").read_text())
+    assert report["ignored"] == {"rotary.inv_freq": 16} and report["check"]["served"]
+    assert len(load_file(tmp_path / "out" / "adapter_model.safetensors")) == len(tensors)
+
+
 def test_what_the_loader_would_refuse_leaves_no_pickle_behind(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,6 +257,16 @@ def test_progress_is_shown_on_a_terminal(base: Path, tmp_path: Path) -> None:
     for stage in ("reading", "decomposing", "comparing", "checking"):
         assert stage in shown
     assert "0/6" in shown
+
+
+def test_norms_of_the_check_are_shown_on_a_terminal(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    save_adapter(base, tmp_path / "in", target_modules=["q_proj"], init_lora_weights="pissa", use_dora=True)
+    assert _convert(tmp_path / "in", tmp_path / "out", "--model", base) == 0
+    assert "computing norms" in capsys.readouterr().err
 
 
 def _read_terminal(descriptor: int) -> str:

@@ -5,11 +5,10 @@ Lives on the event loop; everything that blocks runs in worker threads, download
 ones do not take those of others. Knows nothing of names of adapters and of what the folder holds.
 """
 
-import asyncio
 import importlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -33,14 +32,11 @@ from server.lifecycle.sources.hub_folder import HubFolder
 from server.lifecycle.sources.in_thread import in_thread
 from server.lifecycle.sources.local_folders import LocalFolders
 from server.lifecycle.sources.staging import Staging
+from server.lifecycle.sources.thread_reports import Progress, ThreadReports
 from server.lifecycle.sources.upload_store import UploadStore
 from server.lifecycle.sources.web_folder import WebFolder
 
-Progress = Callable[[int, int | None], None]
-"""(bytes so far, bytes in all or None while that is not known), called on the event loop."""
-
 _MAX_FETCHES = 4
-_REPORT_EVERY = 0.1  # seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +95,8 @@ class Sources:
 
     @asynccontextmanager
     async def fetched(self, source: str, progress: Progress = lambda done, total: None) -> AsyncIterator[AdapterFolder]:
-        """The folder, open while the context lasts. Raises what `check` does, AdapterRefused, and of the rest of the
-        tree AdapterSourceUnreachable, AdapterStorageFull, AdapterStorageFailed.
+        """The folder, open while the context lasts. `progress` is told of bytes. Raises what `check` does,
+        AdapterRefused, and of the rest of the tree AdapterSourceUnreachable, AdapterStorageFull, AdapterStorageFailed.
         """
         self.check(source)
         address = parse_source(source)
@@ -124,21 +120,20 @@ class Sources:
         self._staging.close()
 
     async def _downloaded(self, address: RemoteAddress, progress: Progress) -> AdapterFolder:
-        reports = _Reports(progress)
-        transfer = Transfer(
-            max_bytes=self._limits.max_bytes, max_seconds=self._limits.max_seconds, report=reports.from_thread
-        )
-        self._transfers.add(transfer)
-        try:
-            return await in_thread(
-                partial(self._download, address, transfer),
-                executor=self._fetchers,
-                discard=_remove,
-                on_cancel=transfer.stop,
+        with ThreadReports(progress) as reports:
+            transfer = Transfer(
+                max_bytes=self._limits.max_bytes, max_seconds=self._limits.max_seconds, report=reports.from_thread
             )
-        finally:
-            reports.end()
-            self._transfers.discard(transfer)
+            self._transfers.add(transfer)
+            try:
+                return await in_thread(
+                    partial(self._download, address, transfer),
+                    executor=self._fetchers,
+                    discard=_remove,
+                    on_cancel=transfer.stop,
+                )
+            finally:
+                self._transfers.discard(transfer)
 
     def _download(self, address: RemoteAddress, transfer: Transfer) -> AdapterFolder:
         transfer.advance(0)
@@ -175,29 +170,3 @@ def address_needs_obstore(address: RemoteAddress) -> bool:
 def _remove(folder: AdapterFolder) -> None:
     folder.close()
     remove_tree(folder.path)
-
-
-class _Reports:
-    """Brings progress from the fetching thread to the event loop, ten times a second and at the end of each file."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._loop = asyncio.get_running_loop()
-        self._next = 0.0
-        self._latest: tuple[int, int | None] | None = None
-        self._is_over = False
-
-    def from_thread(self, done: int, total: int | None) -> None:
-        now = self._loop.time()
-        if now < self._next and done != total:
-            return
-        self._next = now + _REPORT_EVERY
-        with suppress(RuntimeError):  # the loop has closed, and nobody listens
-            self._loop.call_soon_threadsafe(self._report, done, total)
-
-    def _report(self, done: int, total: int | None) -> None:
-        if not self._is_over:
-            self._progress(done, total)
-
-    def end(self) -> None:
-        self._is_over = True

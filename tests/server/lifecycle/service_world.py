@@ -51,10 +51,10 @@ class Reader:
     def __post_init__(self) -> None:
         self.gate.set()
 
-    def __call__(self, folder: AdapterFolder) -> LoadedAdapter:
+    def __call__(self, folder: AdapterFolder, /, **asked: Any) -> LoadedAdapter:
         self.num_reads += 1
         assert self.gate.wait(60)
-        loaded = READ(folder)
+        loaded = READ(folder, **asked)
         self.on_read()
         return self.replacement or loaded
 

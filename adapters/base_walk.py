@@ -13,12 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adapters.base_parts import EmbeddingShape, ExpertsShape, FusedPart, HeadShape
+from adapters.base_parts import EmbeddingShape, ExpertsShape, FusedPart, HeadShape, Rows
 from adapters.expert_sites import calls_linear
 from adapters.module_names import BaseModules, LinearShape, linears_of
 from adapters.norm_sites import norms_of
-
-Rows = tuple[tuple[int, int], ...]
 
 
 def modules_of(model: nn.Module) -> BaseModules:

@@ -12,7 +12,7 @@ from adapters.errors import AdapterRefused, RefusalCode
 from adapters.load_plan import PlacedPair, Placement
 from adapters.lora_config import CONFIG_NAME
 from adapters.module_names import BaseModules, LinearShape, Resolution, locate
-from adapters.place_fused import FusedPlace, fused_places, join_parts
+from adapters.place_fused import FusedPlace, fused_places, join_parts, joint_places, split_pair
 from adapters.place_parts import place_parts, shape_mismatch
 from adapters.proposal import PairProposal, Proposal
 from adapters.safetensors_header import TensorEntry, require_floats, require_matrix, require_numbers
@@ -54,18 +54,22 @@ def _place_pairs(
     base: BaseModules,
     max_lora_rank: int,
 ) -> list[PlacedPair]:
-    """Those of parts of one linear together."""
-    pairs, parts, fused = list[PlacedPair](), dict[str, list[tuple[FusedPlace, PlacedPair]]](), fused_places(base)
+    """Those of parts of one linear together, those of a linear that the base keeps apart in its parts."""
+    pairs, parts = list[PlacedPair](), dict[str, list[tuple[FusedPlace, PlacedPair]]]()
+    fused, joint = fused_places(base), joint_places(base)
     for pair in proposed:
         module = resolution.modules[pair.source]
         part = None if module in base.linears else fused.get(module)
-        shape = _linear(module, pair, base) if part is None else part.shape
+        wider = joint.get(module)
+        shape = part.shape if part is not None else wider[0] if wider is not None else _linear(module, pair, base)
         placed = _place_pair(pair, module, shape, entries, base)
         _check_rank(placed.pair.lora_rank, _stored_ranks(placed.pair), max_lora_rank, pair.inputs[0])
-        if part is None:
-            pairs.append(placed)
-        else:
+        if part is not None:
             parts.setdefault(part.linear, []).append((part, placed))
+        elif wider is not None:
+            pairs += split_pair(placed, wider[1], base)
+        else:
+            pairs.append(placed)
     for linear, some in parts.items():
         joined = join_parts(linear, some, base)
         _check_rank(joined.pair.lora_rank, _stored_ranks(joined.pair), max_lora_rank, joined.inputs[0])

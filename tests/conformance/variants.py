@@ -11,7 +11,7 @@ from typing import Any
 import peft
 from peft import LoraConfig, PeftConfig
 
-from tests.conformance import dialects, expert_files
+from tests.conformance import dialects, expert_files, fused_files
 from tests.conformance.making import Make, altered, by_peft, converted, lora, plain, rewritten
 from tests.conformance.traits import Traits, traits
 
@@ -55,6 +55,14 @@ def needs_linear_weights(t: Traits) -> Reason:
 
 def needs_fused(t: Traits) -> Reason:
     return None if t.architecture in ("phi3", "gpt2", "gpt_bigcode") else "no linear is fused from others"
+
+
+def needs_parts(t: Traits) -> Reason:
+    return None if any(True for _ in fused_files.wider(t)) else "q, k, v and gate, up are not apart"
+
+
+def needs_biased_parts(t: Traits) -> Reason:
+    return None if any(True for _ in fused_files.wider(t, biased=True)) else "no q, k and v apart that have biases"
 
 
 def needs_wrapper(t: Traits) -> Reason:
@@ -240,6 +248,11 @@ DIALECTS: tuple[Variant, ...] = (
     Variant(name="outer_layout", make=rewritten(plain(), dialects.spelled("language_model.")), why_not=needs_wrapper),
     Variant(name="bare_layout", make=rewritten(plain(), dialects.spelled("")), why_not=needs_wrapper),
     Variant(name="split_fused", make=expert_files.split_fused, why_not=needs_fused),
+    Variant(name="split_dora", make=fused_files.split_with_dora, why_not=needs_fused),
+    Variant(name="split_lora_bias", make=fused_files.split_with_bias, why_not=both(needs_fused, needs_bias)),
+    Variant(name="joint", make=fused_files.joint(), why_not=needs_parts),
+    Variant(name="joint_dora", make=fused_files.joint(use_dora=True), why_not=needs_parts),
+    Variant(name="joint_lora_bias", make=fused_files.joint(lora_bias=True), why_not=needs_biased_parts),
 )
 
 CHANGED_BASES: tuple[Variant, ...] = (

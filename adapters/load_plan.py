@@ -83,7 +83,8 @@ class PlacedPair:
 @dataclass(frozen=True, slots=True)
 class PlacedVector:
     """`lora_bias`: B's own, to be scaled, for the outputs that `part` says; `bias`: replaces that of the linear `name`;
-    `norm`: replaces the parameter `name`; `head_bias`: replaces the head's; `gain` and `input_scale`: IA3's on the linear `name`."""
+    `norm`: replaces the parameter `name`; `head_bias`: replaces the head's; `gain` and `input_scale`: IA3's on the
+    linear `name`."""
 
     kind: Literal["lora_bias", "bias", "norm", "head_bias", "gain", "input_scale"]
     name: str

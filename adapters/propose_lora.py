@@ -45,7 +45,7 @@ def propose_lora(recipe: Recipe, entries: Entries) -> Proposal:
     require_roles(keys, _PAIR_ROLES | WHOLE_ROLES | _TRAINING_ROLES.keys())
     modules = by_module(key for key in keys if key.role in _PAIR_ROLES)
     _check_dora(recipe, modules)
-    experts = {module: roles for module, roles in modules.items() if is_of_experts(recipe, module)}
+    experts = {module: roles for module, roles in modules.items() if is_of_experts(recipe, module, roles, entries)}
     modules = {module: roles for module, roles in modules.items() if module not in experts}
     own = Proposal(
         pairs=tuple(_pair(recipe, m, roles, entries) for m, roles in modules.items() if not _is_embedding(roles)),

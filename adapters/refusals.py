@@ -167,7 +167,9 @@ MLX_EMBEDDING_DORA = Refusal(
     "Leave embeddings out of keys",
 )
 MLX_EXPERTS = Refusal(
-    "format=mlx", "the tensor adapts fused experts, whose layout in MLX is not read", "Export it to PEFT"
+    "format=mlx",
+    "the tensor has three dimensions and is no pair of gate_proj, up_proj or down_proj of switch_mlp",
+    "Leave the module out of keys, or export it to PEFT",
 )
 MLX_QUANTISED = Refusal("format=mlx", "the tensor belongs to a quantised weight", "Save the adapter without --quantize")
 

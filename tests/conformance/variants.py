@@ -11,7 +11,7 @@ from typing import Any
 import peft
 from peft import LoraConfig, PeftConfig
 
-from tests.conformance import dialects, expert_files, fused_files
+from tests.conformance import dialects, expert_files, fused_files, stacked_experts
 from tests.conformance.making import Make, altered, by_peft, converted, lora, plain, rewritten
 from tests.conformance.traits import Traits, traits
 
@@ -281,6 +281,9 @@ EXPERTS: tuple[Variant, ...] = (
         make=expert_files.each_expert(use_rslora=True),
         why_not=needs_experts,
     ),
+    Variant(name="experts_shared_outer", make=stacked_experts.shared_outer, why_not=needs_experts),
+    Variant(name="experts_mlx", make=stacked_experts.mlx(in_one_dimension=False), why_not=needs_experts),
+    Variant(name="experts_mlx_old", make=stacked_experts.mlx(in_one_dimension=True), why_not=needs_experts),
     Variant(name="router", make=by_peft(_router), why_not=needs_experts),
 )
 

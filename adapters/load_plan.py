@@ -32,6 +32,7 @@ class RowsVector:
     rows: Rows | None = None
     scale: float = 1.0
     taken: tuple[int, int, int] | None = None  # [begin, end) of the stored vector of that size; None: all of it
+    interleaved: int | None = None  # elements of a head, whose halves stand in turns in the file
 
     def index(self) -> Tensor | slice:
         """Of the outputs, in the order of the vector."""
@@ -44,6 +45,10 @@ class RowsVector:
 
     def of(self, stored: Tensor) -> Tensor:
         """[n], of what the file holds."""
+        if (
+            self.interleaved is not None
+        ):  # two of a rotary pair beside each other → a head's first half, then its second
+            return stored.view(-1, self.interleaved // 2, 2).transpose(1, 2).flatten()
         return stored if self.taken is None else stored[self.taken[0] : self.taken[1]]
 
 

@@ -49,6 +49,7 @@ class BaseModules:
     norms: Mapping[str, NormShape] = field(default_factory=lambda: MappingProxyType({}))
     experts: Mapping[str, ExpertsShape] = field(default_factory=lambda: MappingProxyType({}))
     routers: Mapping[str, LinearShape] = field(default_factory=lambda: MappingProxyType({}))  # of experts
+    head_dims: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))  # of queries and keys, by linear
     fused: Mapping[str, tuple[FusedPart, ...]] = field(default_factory=lambda: MappingProxyType({}))  # by linear
     checkpoint_name: Renaming | None = field(default=None, compare=False)  # a module's name in old files → here
 

@@ -35,6 +35,7 @@ class PairProposal:
     fold: Fold | None = None  # None: inputs are A [r, in] and B [out, r] as PEFT stores them
     magnitude: str | None = None  # DoRA's [out]
     gain_covers_bias: bool = False  # torchtune's DoRA: the magnitude's gain scales the base's bias, too
+    is_interleaved: bool = False  # torchtune's magnitudes of queries and keys: a head's rows in rotary pairs
     bias: str | None = None  # B's own [out], scaled as B is
 
 

@@ -85,8 +85,12 @@ def _check_dora(recipe: Recipe, modules: Mapping[str, Roles]) -> None:
     if recipe.lora_bias:
         raise VARIANTS_COMBINED.error(feature="use_dora and lora_bias")
     for module, key in magnitudes.items():
-        if recipe.use_dora is None and module.rpartition(".")[2] in _REORDERED:
+        if recipe.peft_version is not None and _is_reordered(recipe, module):  # some other program's then
             raise TORCHTUNE_MAGNITUDE.error(tensor=key)
+
+
+def _is_reordered(recipe: Recipe, module: str) -> bool:
+    return recipe.use_dora is None and module.rpartition(".")[2] in _REORDERED
 
 
 def _pair(recipe: Recipe, module: str, roles: Roles, entries: Entries) -> PairProposal:
@@ -106,6 +110,7 @@ def _pair(recipe: Recipe, module: str, roles: Roles, entries: Entries) -> PairPr
         out_features=lora_b.shape[0],
         magnitude=magnitude,
         gain_covers_bias=magnitude is not None and recipe.use_dora is None,
+        is_interleaved=magnitude is not None and _is_reordered(recipe, module),
         bias=bias,
     )
     if recipe.bdlora is not None:

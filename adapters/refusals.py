@@ -178,8 +178,8 @@ MLX_QUANTISED = Refusal("format=mlx", "the tensor belongs to a quantised weight"
 TORCHTUNE_MAGNITUDE = Refusal(
     "torchtune_magnitude",
     "the file has DoRA magnitudes and no use_dora, as torchtune writes it; torchtune reorders the rows of B of queries "
-    "and keys and not their magnitudes, so which row a magnitude belongs to is unknown",
-    "Train with PEFT, or without q_proj and k_proj",
+    "and keys and not their magnitudes, and on this base, or from this writer, which row a magnitude is for is unknown",
+    "Train with PEFT, or without q_proj and k_proj, or serve it on the Llama or Mistral it was trained on",
     RefusalCode.AMBIGUOUS_LAYOUT,
 )
 DORA_DENIED = Refusal(

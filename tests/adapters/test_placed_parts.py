@@ -478,6 +478,31 @@ def test_what_a_linear_that_is_apart_cannot_be(tmp_path: Path) -> None:
     refused(RefusalCode.KEY_UNMATCHED, tmp_path, proposal, of_pair("l.qkv_proj", out_features=8), base=some)
 
 
+HEADS = BaseModules("llama", {"l.q_proj": LinearShape(H, 12)}, head_dims={"l.q_proj": 6})
+
+
+def test_torchtunes_magnitudes_are_put_into_the_order_of_rows(tmp_path: Path) -> None:
+    """Of a head of 6 rows torchtune holds 0 3 1 4 2 5."""
+    tensors, weight = of_pair("l.q_proj", out_features=12) | {"m": torch.rand(12) + 0.5}, torch.randn(12, H)
+    proposal = Proposal(pairs=(pair("l.q_proj", magnitude="m", is_interleaved=True),))
+    weights = FakeWeights(tensors={"l.q_proj.weight": weight})
+    ran = run_proposal(tmp_path, proposal, tensors, base=HEADS, weights=weights)
+    order = [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
+    norms = (weight + 2.0 * tensors["l.q_proj.B"] @ tensors["l.q_proj.A"]).norm(dim=1)
+    torch.testing.assert_close(ran.extras.gains["l.q_proj"], tensors["m"][order] / norms)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [replace(HEADS, model_type="qwen2"), replace(HEADS, head_dims={}), replace(HEADS, head_dims={"l.q_proj": 3})],
+)
+def test_torchtunes_magnitudes_are_refused_where_their_order_is_unknown(tmp_path: Path, base: BaseModules) -> None:
+    tensors = of_pair("l.q_proj", out_features=12) | {"m": torch.ones(12)}
+    proposal = Proposal(pairs=(pair("l.q_proj", magnitude="m", is_interleaved=True),))
+    error = refused(RefusalCode.AMBIGUOUS_LAYOUT, tmp_path, proposal, tensors, base=base, weights=FakeWeights())
+    assert error.tensor == "m" and "torchtune" in str(error)
+
+
 def test_what_a_part_of_a_fused_linear_cannot_be(tmp_path: Path) -> None:
     wide = of_pair("l.q", r=2, out_features=5)
     refused(RefusalCode.SHAPE_MISMATCH, tmp_path, Proposal(pairs=(pair("l.q"),)), wide, base=FUSED)

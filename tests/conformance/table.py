@@ -27,6 +27,7 @@ WHAT: dict[str, str] = {
     "dora": "`use_dora`",
     "dora_bias": "`use_dora` with `bias=all`",
     "dora_unsaid": "torchtune's DoRA: magnitudes without `use_dora`",
+    "dora_torchtune": "the same on queries and keys, whose magnitudes it leaves in another order",
     "lora_bias": "`lora_bias`",
     "bias_all": "`bias=all`",
     "bias_lora_only": "`bias=lora_only`",

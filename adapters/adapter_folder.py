@@ -25,7 +25,7 @@ MLX_WEIGHTS_NAME = "adapters.safetensors"
 INDEX_NAMES = ("adapter_model.safetensors.index.json", "model.safetensors.index.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".nemo", ".pkl")
 _TRAINER_PICKLES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")  # beside an adapter, never one
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "chat_template.jinja"),
     *("tokenizer.model", "vocab.json"),
 )
@@ -99,7 +99,7 @@ class AdapterFolder:
         except BaseException:
             folder.close()
             raise
-        tokenizer_files = tuple(name for name in _TOKENIZER_FILES if name in names)
+        tokenizer_files = tuple(name for name in TOKENIZER_FILES if name in names)
         within = (folder.parts, *_hub_folders_of(folder))
         return cls(folder, weights, weights in INDEX_NAMES, tokenizer_files, within, refuse_hard_links)
 

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+Rows = tuple[tuple[int, int], ...]
+"""[begin, end) of a linear's outputs, in order."""
+
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingShape:
@@ -51,4 +54,4 @@ class FusedPart:
     """A linear that a base computes as some rows of a wider one: q of a fused qkv."""
 
     name: str  # its last part in models that do not fuse it, such as q_proj
-    rows: tuple[tuple[int, int], ...]  # [begin, end) of the wider one's outputs, in order
+    rows: Rows  # of the wider one's outputs

@@ -13,12 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adapters.base_parts import EmbeddingShape, ExpertsShape, FusedPart, HeadShape
+from adapters.base_parts import EmbeddingShape, ExpertsShape, FusedPart, HeadShape, Rows
 from adapters.expert_sites import calls_linear
 from adapters.module_names import BaseModules, LinearShape, linears_of
 from adapters.norm_sites import norms_of
-
-Rows = tuple[tuple[int, int], ...]
 
 
 def modules_of(model: nn.Module) -> BaseModules:
@@ -38,6 +36,7 @@ def modules_of(model: nn.Module) -> BaseModules:
         norms=norms_of(model),
         experts=MappingProxyType(dict(_experts_of(model))),
         routers=MappingProxyType(dict(_routers_of(model))),
+        head_dims=MappingProxyType(dict(_head_dims_of(model, base.linears))),
         fused=MappingProxyType(dict(_fused_of(model, base.linears))),
     )
 
@@ -100,6 +99,15 @@ def _routers_of(model: nn.Module) -> Iterator[tuple[str, LinearShape]]:
         weight = module._parameters.get("weight")
         if weight is not None and weight.ndim == 2 and hasattr(module, "top_k") and calls_linear(module):
             yield name, LinearShape(weight.shape[1], weight.shape[0])
+
+
+def _head_dims_of(model: nn.Module, linears: Mapping[str, LinearShape]) -> Iterator[tuple[str, int]]:
+    """Linears whose outputs are heads of queries or keys that stand apart."""
+    for name, shape in linears.items():
+        parent, _, last = name.rpartition(".")
+        head_dim = getattr(model.get_submodule(parent), "head_dim", None) if last in ("q_proj", "k_proj") else None
+        if isinstance(head_dim, int) and head_dim > 0 and shape.out_features % head_dim == 0:
+            yield name, head_dim
 
 
 def _fused_of(model: nn.Module, linears: Mapping[str, LinearShape]) -> Iterator[tuple[str, tuple[FusedPart, ...]]]:

@@ -9,7 +9,9 @@ from types import MappingProxyType
 from typing import Literal
 
 import torch
+from torch import Tensor
 
+from adapters.base_parts import Rows
 from adapters.header_table import HeaderTable, StoredTensor
 from adapters.host_memory import ALIGNMENT
 from adapters.module_names import BaseModules
@@ -24,34 +26,77 @@ Part = Literal["embedding", "head"]
 
 
 @dataclass(frozen=True, slots=True)
+class RowsVector:
+    """A vector for some outputs of a linear, [begin, end) each; `rows` None: for all of them."""
+
+    input: str
+    rows: Rows | None = None
+    scale: float = 1.0
+    taken: tuple[int, int, int] | None = None  # [begin, end) of the stored vector of that size; None: all of it
+    interleaved: int | None = None  # elements of a head, whose halves stand in turns in the file
+
+    def index(self) -> Tensor | slice:
+        """Of the outputs, in the order of the vector."""
+        return slice(None) if self.rows is None else torch.cat([torch.arange(*ends) for ends in self.rows])
+
+    def stored_size(self, out_features: int) -> int:
+        if self.taken is not None:
+            return self.taken[2]
+        return out_features if self.rows is None else sum(end - begin for begin, end in self.rows)
+
+    def of(self, stored: Tensor) -> Tensor:
+        """[n], of what the file holds."""
+        if (
+            self.interleaved is not None
+        ):  # two of a rotary pair beside each other → a head's first half, then its second
+            return stored.view(-1, self.interleaved // 2, 2).transpose(1, 2).flatten()
+        return stored if self.taken is None else stored[self.taken[0] : self.taken[1]]
+
+
+@dataclass(frozen=True, slots=True)
 class PlacedPair:
-    """A pair on the linear, or head, `module` of the base."""
+    """A pair on the linear, or head, `module` of the base. `of_parts`: magnitudes, and biases of B, in place of the
+    pair's own, where the file's linears are others: parts of this one, or a wider one that this is a part of."""
 
     module: str
     pair: PairProposal
     in_features: int
     out_features: int
+    of_parts: tuple[tuple[RowsVector, ...], tuple[RowsVector, ...]] = ((), ())
+
+    @property
+    def magnitudes(self) -> tuple[RowsVector, ...]:
+        own = self.pair.magnitude
+        return self.of_parts[0] if own is None else (RowsVector(own),)
+
+    @property
+    def biases(self) -> tuple[RowsVector, ...]:
+        """Of B."""
+        own = self.pair.bias
+        return self.of_parts[1] if own is None else (RowsVector(own, scale=self.pair.scale),)
 
     @property
     def is_copied(self) -> bool:
         """A and B are what the files hold, in another dtype and orientation."""
-        return self.pair.fold is None and self.pair.magnitude is None
+        return self.pair.fold is None and not self.magnitudes
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """What must be there at once to compute A and B."""
-        return (*self.pair.inputs, *(() if self.pair.magnitude is None else (self.pair.magnitude,)))
+        return (*self.pair.inputs, *(magnitude.input for magnitude in self.magnitudes))
 
 
 @dataclass(frozen=True, slots=True)
 class PlacedVector:
-    """`lora_bias`: B's own, to be scaled; `bias`: replaces that of the linear `name`; `norm`: replaces the parameter
-    `name`; `head_bias`: replaces the head's; `gain` and `input_scale`: IA3's on the linear `name`."""
+    """`lora_bias`: B's own, to be scaled, for the outputs that `part` says; `bias`: replaces that of the linear `name`;
+    `norm`: replaces the parameter `name`; `head_bias`: replaces the head's; `gain` and `input_scale`: IA3's on the
+    linear `name`."""
 
     kind: Literal["lora_bias", "bias", "norm", "head_bias", "gain", "input_scale"]
     name: str
     input: str
     scale: float = 1.0
+    part: RowsVector | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +141,7 @@ class Placement:
     @property
     def needs_weights(self) -> bool:
         """Whether it is computed from the base's own weights."""
-        has_gain = any(pair.pair.magnitude is not None for pair in self.pairs)
+        has_gain = any(pair.magnitudes for pair in self.pairs)
         has_gain = has_gain or (self.embedding is not None and self.embedding.magnitude is not None)
         replaces = any(vector.kind == "bias" for vector in self.vectors) or any(r.ids is None for r in self.rows)
         return has_gain or replaces

@@ -17,6 +17,7 @@ from torch import nn
 
 from adapters.base_parts import EmbeddingShape, ExpertsShape, FusedPart, HeadShape, NormShape
 from adapters.errors import AdapterRefused, RefusalCode
+from adapters.joint_names import joint_names
 from adapters.name_rewrites import Renaming, rewrites
 from adapters.untrusted_json import shown
 
@@ -48,6 +49,7 @@ class BaseModules:
     norms: Mapping[str, NormShape] = field(default_factory=lambda: MappingProxyType({}))
     experts: Mapping[str, ExpertsShape] = field(default_factory=lambda: MappingProxyType({}))
     routers: Mapping[str, LinearShape] = field(default_factory=lambda: MappingProxyType({}))  # of experts
+    head_dims: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))  # of queries and keys, by linear
     fused: Mapping[str, tuple[FusedPart, ...]] = field(default_factory=lambda: MappingProxyType({}))  # by linear
     checkpoint_name: Renaming | None = field(default=None, compare=False)  # a module's name in old files → here
 
@@ -103,7 +105,8 @@ def resolve(names: Sequence[str], base: BaseModules) -> Resolution:
 
 def locate(names: Sequence[str], base: BaseModules) -> Resolution:
     """Map every name onto a part of the base of any kind: a linear, embedding, head, norm or experts module, one expert
-    (`experts.7.gate_proj`), a part of a fused linear (`q_proj` of a qkv), or what is excluded. Raises AdapterRefused:
+    (`experts.7.gate_proj`), a part of a fused linear (`q_proj` of a qkv), a fused linear whose parts the base keeps
+    apart (`qkv_proj`), or what is excluded. Raises AdapterRefused:
     adapter_key_unmatched when some reach none, adapter_ambiguous_layout when two rules fit, or two names one place.
     """
     is_known = _Known(base)
@@ -193,6 +196,7 @@ class _Known:
         for linear, parts in base.fused.items():
             outer = linear.rpartition(".")[0]
             self._others.update(f"{outer}.{part.name}" for part in parts)
+        self._others.update(joint_names(base.linears))
 
     def __call__(self, name: str) -> bool:
         base = self._base

@@ -25,8 +25,8 @@ _ITEM_BYTES = 4  # pairs are put together in float32 at most
 
 @dataclass(frozen=True, slots=True)
 class PlacedExperts:
-    """One pair of the fused experts `module`: of a parameter, `side` being where A stands, or of one expert's
-    projection, where A stands on the input."""
+    """One pair of the fused experts `module`: of a parameter, `side` being where A stands, or of a projection, of one
+    expert or of all, where A stands on the input."""
 
     module: str
     pair: ExpertProposal
@@ -38,7 +38,7 @@ class PlacedExperts:
 
     @property
     def projection(self) -> Projection:
-        """Of one expert."""
+        """Of one expert, or stacked."""
         return cast(Projection, self.pair.parameter)
 
 
@@ -75,6 +75,8 @@ def _place(pair: ExpertProposal, module: str, experts: ExpertsShape, entries: En
     lora_a, lora_b = (entries[name] for name in pair.inputs)
     if pair.form == "single":
         return _place_single(pair, module, experts, lora_a, lora_b)
+    if pair.form == "stacked":
+        return _place_stacked(pair, module, experts, lora_a, lora_b)
     is_down = pair.parameter == "down_proj"
     product = product_of(experts, is_down=is_down)
     wanted_rows = experts.num_experts * pair.lora_rank
@@ -102,20 +104,40 @@ def _place_single(
         raise AdapterRefused(
             RefusalCode.WRONG_BASE, why, "Serve the base the adapter was trained on", tensor=lora_a.name
         )
-    product = product_of(experts, is_down=pair.parameter == "down")
-    half = ProductShape(product.in_features, product.out_features // (1 if pair.parameter == "down" else 2))
+    half = _half_of(pair, experts)
     _require(lora_a, (pair.lora_rank, half.in_features), where)
     _require(lora_b, (half.out_features, pair.lora_rank), where)
     return PlacedExperts(module, pair, "input")
+
+
+def _place_stacked(
+    pair: ExpertProposal, module: str, experts: ExpertsShape, lora_a: TensorEntry, lora_b: TensorEntry
+) -> PlacedExperts:
+    """Either half may be the same for all experts; MLX-LM's A had the ranks of all experts in one dimension before."""
+    half, where = _half_of(pair, experts), f"{module} ({pair.parameter})"
+    counts = (experts.num_experts, 1)
+    fits_a: list[tuple[int, ...]] = [(count, pair.lora_rank, half.in_features) for count in counts]
+    fits_a.append((experts.num_experts * pair.lora_rank, half.in_features))
+    fits_b: list[tuple[int, ...]] = [(count, half.out_features, pair.lora_rank) for count in counts]
+    for entry, fits in ((lora_a, fits_a), (lora_b, fits_b)):
+        if entry.shape not in fits:
+            raise _mismatch(entry, f"{where} needs {list(fits[0])}, or {list(fits[1])} for all experts alike")
+    return PlacedExperts(module, pair, "input")
+
+
+def _half_of(pair: ExpertProposal, experts: ExpertsShape) -> ProductShape:
+    """The product of one projection."""
+    product = product_of(experts, is_down=pair.parameter == "down")
+    return ProductShape(product.in_features, product.out_features // (1 if pair.parameter == "down" else 2))
 
 
 def _check_whole(placed: Sequence[PlacedExperts]) -> None:
     """One module is adapted as a whole or expert by expert, not both."""
     forms: dict[tuple[str, bool], str] = {}
     for each in placed:
-        kind = "single" if each.pair.form == "single" else "fused"
+        kind = each.pair.form if each.pair.form in ("single", "stacked") else "fused"
         if forms.setdefault((each.module, each.is_down), kind) != kind:
-            why = f"{each.module} has pairs of single experts and of all together"
+            why = f"{each.module} has pairs of several layouts: of single experts, and of all together"
             raise EXPERT_LAYOUT.error(feature="experts", tensor=each.pair.inputs[0], why=why)
 
 

@@ -3,7 +3,7 @@
 Called by placement.py once names are resolved and pairs are placed. Knows nothing of open files or of data.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -33,7 +33,7 @@ def place_parts(
     """`modules`: source → name in the base. Raises AdapterRefused."""
     limits = {"max_lora_rank": max_lora_rank, "max_bytes": max_expert_bytes}
     experts = place_experts(proposal.experts, modules, entries, base, **limits)
-    vectors = [_of_pair(pair, entries) for pair in placed.pairs if pair.pair.bias is not None]
+    vectors = [vector for pair in placed.pairs for vector in _of_pair(pair, entries)]
     vectors += [_vector(vector, modules[vector.source], entries, base) for vector in proposal.vectors]
     rows: list[PlacedRows] = []
     for whole in proposal.wholes:
@@ -70,18 +70,17 @@ def _unsupported(feature: str, why: str, tensor: str) -> AdapterRefused:
 
 
 def _check_magnitude(pair: PlacedPair, entries: Entries) -> None:
-    magnitude = pair.pair.magnitude
-    if magnitude is not None:
-        _require(entries[magnitude], pair.module, (pair.out_features,))
-        if pair.pair.bias is not None:
-            raise _unsupported("lora_bias", "DoRA with a bias on B is not defined", pair.pair.bias)
+    for magnitude in pair.magnitudes:
+        _require(entries[magnitude.input], pair.module, (magnitude.stored_size(pair.out_features),))
+        if pair.biases:
+            raise _unsupported("lora_bias", "DoRA with a bias on B is not defined", pair.biases[0].input)
 
 
-def _of_pair(pair: PlacedPair, entries: Entries) -> PlacedVector:
-    """B's own bias."""
-    assert pair.pair.bias is not None
-    _require(entries[pair.pair.bias], pair.module, (pair.out_features,))
-    return PlacedVector("lora_bias", pair.module, pair.pair.bias, pair.pair.scale)
+def _of_pair(pair: PlacedPair, entries: Entries) -> Iterator[PlacedVector]:
+    """B's own bias, or those of parts."""
+    for bias in pair.biases:
+        _require(entries[bias.input], pair.module, (bias.stored_size(pair.out_features),))
+        yield PlacedVector("lora_bias", pair.module, bias.input, bias.scale, bias)
 
 
 def _vector(vector: VectorProposal, module: str, entries: Entries, base: BaseModules) -> PlacedVector:
@@ -254,8 +253,11 @@ def _check_once(placed: Placement) -> None:
     """Nothing has two owners: not a pair, a vector, nor the whole of a part."""
     seen: set[tuple[str, str]] = set()
     owners = [("pair", pair.module, pair.pair.inputs[0]) for pair in placed.pairs]
-    owners += [("gain", pair.module, pair.pair.inputs[0]) for pair in placed.pairs if pair.pair.magnitude is not None]
-    owners += [(vector.kind, vector.name, vector.input) for vector in placed.vectors]
+    owners += [("gain", pair.module, pair.pair.inputs[0]) for pair in placed.pairs if pair.magnitudes]
+    owners += [
+        (vector.kind, f"{vector.name}{'' if vector.part is None else vector.part.rows}", vector.input)
+        for vector in placed.vectors
+    ]
     owners += [("whole" if rows.ids is None else "tokens", rows.part, rows.input) for rows in placed.rows]
     for kind, name, tensor in owners:
         if (kind, name) in seen:

@@ -12,10 +12,14 @@ from adapters.errors import AdapterRefused, RefusalCode
 from adapters.load_plan import PlacedPair, Placement
 from adapters.lora_config import CONFIG_NAME
 from adapters.module_names import BaseModules, LinearShape, Resolution, locate
-from adapters.place_fused import FusedPlace, fused_places, join_parts
+from adapters.place_fused import FusedPlace, fused_places, join_parts, joint_places, split_pair
 from adapters.place_parts import place_parts, shape_mismatch
 from adapters.proposal import PairProposal, Proposal
+from adapters.refusals import TORCHTUNE_MAGNITUDE
 from adapters.safetensors_header import TensorEntry, require_floats, require_matrix, require_numbers
+
+_REORDERED_BASES = frozenset({"llama", "mistral"})
+"""Whose queries and keys torchtune holds in the order of Meta's files, by its convert_weights.hf_to_tune."""
 
 
 def place(
@@ -54,23 +58,39 @@ def _place_pairs(
     base: BaseModules,
     max_lora_rank: int,
 ) -> list[PlacedPair]:
-    """Those of parts of one linear together."""
-    pairs, parts, fused = list[PlacedPair](), dict[str, list[tuple[FusedPlace, PlacedPair]]](), fused_places(base)
+    """Those of parts of one linear together, those of a linear that the base keeps apart in its parts."""
+    pairs, parts = list[PlacedPair](), dict[str, list[tuple[FusedPlace, PlacedPair]]]()
+    fused, joint = fused_places(base), joint_places(base)
     for pair in proposed:
         module = resolution.modules[pair.source]
         part = None if module in base.linears else fused.get(module)
-        shape = _linear(module, pair, base) if part is None else part.shape
-        placed = _place_pair(pair, module, shape, entries, base)
+        wider = joint.get(module)
+        shape = part.shape if part is not None else wider[0] if wider is not None else _linear(module, pair, base)
+        placed = _in_order(_place_pair(pair, module, shape, entries, base), base)
         _check_rank(placed.pair.lora_rank, _stored_ranks(placed.pair), max_lora_rank, pair.inputs[0])
-        if part is None:
-            pairs.append(placed)
-        else:
+        if part is not None:
             parts.setdefault(part.linear, []).append((part, placed))
+        elif wider is not None:
+            pairs += split_pair(placed, wider[1], base)
+        else:
+            pairs.append(placed)
     for linear, some in parts.items():
         joined = join_parts(linear, some, base)
         _check_rank(joined.pair.lora_rank, _stored_ranks(joined.pair), max_lora_rank, joined.inputs[0])
         pairs.append(joined)
     return pairs
+
+
+def _in_order(placed: PlacedPair, base: BaseModules) -> PlacedPair:
+    """torchtune's magnitudes of queries and keys, on bases whose rows it reorders when it reads and writes them."""
+    pair = placed.pair
+    if not pair.is_interleaved:
+        return placed
+    head_dim = base.head_dims.get(placed.module, 1)
+    if base.model_type not in _REORDERED_BASES or head_dim % 2:
+        raise TORCHTUNE_MAGNITUDE.error(tensor=pair.magnitude)
+    magnitudes = tuple(replace(vector, interleaved=head_dim) for vector in placed.magnitudes)
+    return replace(placed, pair=replace(pair, magnitude=None), of_parts=(magnitudes, placed.biases))
 
 
 def _place_pair(

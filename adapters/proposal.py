@@ -35,6 +35,7 @@ class PairProposal:
     fold: Fold | None = None  # None: inputs are A [r, in] and B [out, r] as PEFT stores them
     magnitude: str | None = None  # DoRA's [out]
     gain_covers_bias: bool = False  # torchtune's DoRA: the magnitude's gain scales the base's bias, too
+    is_interleaved: bool = False  # torchtune's magnitudes of queries and keys: a head's rows in rotary pairs
     bias: str | None = None  # B's own [out], scaled as B is
 
 
@@ -85,12 +86,13 @@ class TokensProposal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertProposal:
-    """A pair of fused experts. `form`: "rank_major" or "grouped_by_expert", as B holds the pairs of all of them, or
-    "single": of one expert's projection.
+    """A pair of fused experts. `form`: "rank_major" or "grouped_by_expert", as B holds the pairs of all of them,
+    "single": of one expert's projection, or "stacked": of one projection of all, A [E, r, in] and B [E, out, r], of
+    which one may have a single entry for every expert.
     """
 
     source: str  # the module that holds the experts
-    parameter: str  # gate_up_proj or down_proj; of one expert gate, up or down
+    parameter: str  # gate_up_proj or down_proj; of one expert, and stacked, gate, up or down
     inputs: tuple[str, ...]
     form: str
     scale: float

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from adapters.key_roles import Role
 from adapters.proposal import ExpertProposal
 from adapters.recipe import Recipe
-from adapters.refusals import EXPERT_B_LAYOUT, EXPERT_LAYOUT, FUSED_EXPERTS, incomplete
+from adapters.refusals import EXPERT_B_LAYOUT, EXPERT_LAYOUT, FUSED_EXPERTS, incomplete, shape_mismatch
 from adapters.safetensors_header import TensorEntry, require_matrix
 from adapters.untrusted_json import shown
 
@@ -23,16 +23,20 @@ PROJECTIONS: Mapping[str, str] = {
 """What single experts' linears are called, in Mixtral's first files too."""
 _PARAMETERS = ("gate_up_proj", "down_proj")  # in the order of every fused module of transformers
 _FUSED = re.compile(r"(?P<experts>(?:.*\.)?experts)(?P<wrappers>(?:\.base_layer)*)")
+_STACKED = re.compile(rf"(?P<experts>(?:.*\.)?experts)\.(?P<part>{'|'.join(PROJECTIONS)})")
 _SINGLE = re.compile(rf"(?P<experts>(?:.*\.)?experts)\.(?P<expert>0|[1-9]\d{{0,4}})\.(?P<part>{'|'.join(PROJECTIONS)})")
 
 Roles = Mapping[Role, str]
 Entries = Mapping[str, TensorEntry]
 
 
-def is_of_experts(recipe: Recipe, module: str) -> bool:
-    """Whether a pair on `module` is of fused experts, or of one expert. Without target_parameters a module that ends in
-    `experts` would be a linear of that name."""
-    return bool(_SINGLE.fullmatch(module)) or (bool(recipe.target_parameters) and bool(_FUSED.fullmatch(module)))
+def is_of_experts(recipe: Recipe, module: str, roles: Roles, entries: Entries) -> bool:
+    """Whether a pair on `module` is of fused experts, of one expert, or of one projection of all. Without
+    target_parameters a module that ends in `experts` would be a linear of that name."""
+    is_stacked = any(len(entries[key].shape) == 3 for key in roles.values())
+    if _SINGLE.fullmatch(module) or (is_stacked and _STACKED.fullmatch(module)):
+        return True
+    return bool(recipe.target_parameters) and bool(_FUSED.fullmatch(module))
 
 
 def propose_experts(recipe: Recipe, modules: Mapping[str, Roles], entries: Entries) -> tuple[ExpertProposal, ...]:
@@ -42,6 +46,8 @@ def propose_experts(recipe: Recipe, modules: Mapping[str, Roles], entries: Entri
     for module, roles in modules.items():
         if (found := _SINGLE.fullmatch(module)) is not None:
             single.append(_single(recipe, module, found, roles, entries))
+        elif (found := _STACKED.fullmatch(module)) is not None:
+            single.append(_stacked(recipe, module, found, roles, entries))
         elif (fused := _FUSED.fullmatch(module)) is not None:
             wrapped.setdefault(fused["experts"], {})[fused["wrappers"].count(".")] = roles
     targeted = [name for name in _PARAMETERS if any(t.rpartition(".")[2] == name for t in recipe.target_parameters)]
@@ -97,7 +103,19 @@ def _single(recipe: Recipe, module: str, found: "re.Match[str]", roles: Roles, e
     )
 
 
-def _both(roles: Roles, entries: Entries) -> tuple[TensorEntry, TensorEntry]:
+def _stacked(recipe: Recipe, module: str, found: "re.Match[str]", roles: Roles, entries: Entries) -> ExpertProposal:
+    lora_a, lora_b = _both(roles, entries, num_dimensions=3)
+    return ExpertProposal(
+        source=found["experts"],
+        parameter=PROJECTIONS[found["part"]],
+        inputs=(lora_a.name, lora_b.name),
+        form="stacked",
+        scale=recipe.scales.scale_of(module),
+        lora_rank=recipe.scales.rank_of(module),
+    )
+
+
+def _both(roles: Roles, entries: Entries, *, num_dimensions: int = 2) -> tuple[TensorEntry, TensorEntry]:
     for role in roles:
         if role not in (Role.A, Role.B):
             raise FUSED_EXPERTS.error(tensor=roles[role])
@@ -106,7 +124,10 @@ def _both(roles: Roles, entries: Entries) -> tuple[TensorEntry, TensorEntry]:
             raise incomplete(
                 next(iter(roles.values())), f"the experts have no {name} beside it, so they cannot be computed"
             )
-        require_matrix(entries[roles[role]])
+        if num_dimensions == 2:
+            require_matrix(entries[roles[role]])
+        elif len(entries[roles[role]].shape) != num_dimensions:
+            raise shape_mismatch(roles[role], f"the tensor is {list(entries[roles[role]].shape)} beside one of experts")
     return entries[roles[Role.A]], entries[roles[Role.B]]
 
 

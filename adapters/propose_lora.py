@@ -45,7 +45,7 @@ def propose_lora(recipe: Recipe, entries: Entries) -> Proposal:
     require_roles(keys, _PAIR_ROLES | WHOLE_ROLES | _TRAINING_ROLES.keys())
     modules = by_module(key for key in keys if key.role in _PAIR_ROLES)
     _check_dora(recipe, modules)
-    experts = {module: roles for module, roles in modules.items() if is_of_experts(recipe, module)}
+    experts = {module: roles for module, roles in modules.items() if is_of_experts(recipe, module, roles, entries)}
     modules = {module: roles for module, roles in modules.items() if module not in experts}
     own = Proposal(
         pairs=tuple(_pair(recipe, m, roles, entries) for m, roles in modules.items() if not _is_embedding(roles)),
@@ -85,8 +85,12 @@ def _check_dora(recipe: Recipe, modules: Mapping[str, Roles]) -> None:
     if recipe.lora_bias:
         raise VARIANTS_COMBINED.error(feature="use_dora and lora_bias")
     for module, key in magnitudes.items():
-        if recipe.use_dora is None and module.rpartition(".")[2] in _REORDERED:
+        if recipe.peft_version is not None and _is_reordered(recipe, module):  # some other program's then
             raise TORCHTUNE_MAGNITUDE.error(tensor=key)
+
+
+def _is_reordered(recipe: Recipe, module: str) -> bool:
+    return recipe.use_dora is None and module.rpartition(".")[2] in _REORDERED
 
 
 def _pair(recipe: Recipe, module: str, roles: Roles, entries: Entries) -> PairProposal:
@@ -106,6 +110,7 @@ def _pair(recipe: Recipe, module: str, roles: Roles, entries: Entries) -> PairPr
         out_features=lora_b.shape[0],
         magnitude=magnitude,
         gain_covers_bias=magnitude is not None and recipe.use_dora is None,
+        is_interleaved=magnitude is not None and _is_reordered(recipe, module),
         bias=bias,
     )
     if recipe.bdlora is not None:

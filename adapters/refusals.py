@@ -167,7 +167,9 @@ MLX_EMBEDDING_DORA = Refusal(
     "Leave embeddings out of keys",
 )
 MLX_EXPERTS = Refusal(
-    "format=mlx", "the tensor adapts fused experts, whose layout in MLX is not read", "Export it to PEFT"
+    "format=mlx",
+    "the tensor has three dimensions and is no pair of gate_proj, up_proj or down_proj of switch_mlp",
+    "Leave the module out of keys, or export it to PEFT",
 )
 MLX_QUANTISED = Refusal("format=mlx", "the tensor belongs to a quantised weight", "Save the adapter without --quantize")
 
@@ -176,8 +178,8 @@ MLX_QUANTISED = Refusal("format=mlx", "the tensor belongs to a quantised weight"
 TORCHTUNE_MAGNITUDE = Refusal(
     "torchtune_magnitude",
     "the file has DoRA magnitudes and no use_dora, as torchtune writes it; torchtune reorders the rows of B of queries "
-    "and keys and not their magnitudes, so which row a magnitude belongs to is unknown",
-    "Train with PEFT, or without q_proj and k_proj",
+    "and keys and not their magnitudes, and on this base, or from this writer, which row a magnitude is for is unknown",
+    "Train with PEFT, or without q_proj and k_proj, or serve it on the Llama or Mistral it was trained on",
     RefusalCode.AMBIGUOUS_LAYOUT,
 )
 DORA_DENIED = Refusal(

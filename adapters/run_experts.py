@@ -1,7 +1,7 @@
 """Computes pairs of fused experts from tensors that have been read. Knows nothing of files or of the base's weights."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -42,12 +42,11 @@ def _made(
     *,
     is_down: bool,
 ) -> ExpertPair:
-    if some[0].pair.form == "single":
+    if some[0].pair.form in ("single", "stacked"):
         parts: dict[tuple[int, Projection], tuple[Tensor, Tensor, float]] = {}
         for each in some:
-            assert each.pair.expert is not None
-            lora_a, lora_b = (read(name) for name in each.pair.inputs)
-            parts[each.pair.expert, each.projection] = (lora_a, lora_b, each.pair.scale)
+            for expert, lora_a, lora_b in _each_expert(each, shape.num_experts, read):
+                parts[expert, each.projection] = (lora_a, lora_b, each.pair.scale)
         return joined(parts, shape, is_down=is_down, dtype=dtype)
     (each,) = some
     lora_a, lora_b = (read(name) for name in each.pair.inputs)
@@ -55,3 +54,17 @@ def _made(
     return fused_pair(
         lora_a, lora_b, num_experts=shape.num_experts, side=each.side, layout=layout, scale=each.pair.scale
     )
+
+
+def _each_expert(
+    placed: PlacedExperts, num_experts: int, read: Callable[[str], Tensor]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Number, A [r, in] and B [out, r] of the experts that it is for."""
+    lora_a, lora_b = (read(name) for name in placed.pair.inputs)
+    if placed.pair.expert is not None:
+        yield placed.pair.expert, lora_a, lora_b
+        return
+    if lora_a.ndim == 2:
+        lora_a = lora_a.view(num_experts, -1, lora_a.shape[1])  # [E, r, in]
+    for expert in range(num_experts):
+        yield expert, lora_a[expert % len(lora_a)], lora_b[expert % len(lora_b)]  # one stands for all

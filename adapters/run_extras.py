@@ -59,7 +59,7 @@ class Sources:
 
     def _count_rows(self) -> int:
         placement = self.plan.placement
-        total = sum(pair.out_features for pair in placement.pairs if pair.pair.magnitude is not None)
+        total = sum(pair.out_features for pair in placement.pairs if pair.magnitudes)
         if placement.embedding is not None and placement.embedding.magnitude is not None:
             total += self.kept[placement.embedding.lora_a].numel() // placement.embedding.lora_rank
         return total
@@ -198,11 +198,8 @@ def _fold_pair(placed: PlacedPair, sources: Sources, made: _Made, modules: Packe
     stored = [sources.kept[name] for name in pair.inputs]  # shared ones are large: a fold converts what it takes
     lora_a, lora_b = stored if pair.fold is None else pair.fold(stored, placed.in_features, placed.out_features)
     lora_a, lora_b = lora_a.float(), lora_b.float() * pair.scale  # [out, r]
-    if pair.magnitude is not None:
-        weights, magnitude = _replaced(sources, made), sources.floats(pair.magnitude)
-        parameter = f"{placed.module}.weight"
-        gain = dora_gain(weights, parameter, lora_a, lora_b, magnitude, on_rows=sources.on_rows)
-        check_finite(gain, pair.magnitude, "as a gain")
+    if placed.magnitudes:
+        gain = _gain(placed, lora_a, lora_b, sources, made)
         made.gains[placed.module] = gain
         if pair.gain_covers_bias:
             made.covers_bias.add(placed.module)
@@ -211,6 +208,20 @@ def _fold_pair(placed: PlacedPair, sources: Sources, made: _Made, modules: Packe
         raise ValueError(f"{placed.module}: a fold gave {tuple(lora_a.shape)} and {tuple(lora_b.shape)}")
     target.lora_a.copy_(lora_a)
     target.lora_b.copy_(lora_b.T)
+
+
+def _gain(placed: PlacedPair, lora_a: Tensor, lora_b: Tensor, sources: Sources, made: _Made) -> Tensor:
+    """DoRA's [out]: one on rows that no magnitude is for."""
+    magnitude, is_scaled = torch.zeros(len(lora_b)), torch.zeros(len(lora_b), dtype=torch.bool)
+    for part in placed.magnitudes:
+        magnitude[part.index()] = part.of(sources.floats(part.input))
+        is_scaled[part.index()] = True
+    weights, parameter = _replaced(sources, made), f"{placed.module}.weight"
+    gain = dora_gain(weights, parameter, lora_a, lora_b, magnitude, on_rows=sources.on_rows)
+    gain = torch.where(is_scaled, gain, torch.ones(()))
+    for part in placed.magnitudes:
+        check_finite(gain[part.index()], part.input, "as a gain")
+    return gain
 
 
 def _add_vector(vector: PlacedVector, sources: Sources, made: _Made) -> None:
@@ -232,7 +243,11 @@ def _add_vector(vector: PlacedVector, sources: Sources, made: _Made) -> None:
 
 
 def _add_bias(vector: PlacedVector, values: Tensor, sources: Sources, made: _Made) -> None:
-    delta = values * vector.scale  # [out]
+    delta = values * vector.scale  # [out], or [n] of a part's rows
+    if vector.part is not None:
+        whole = torch.zeros(sources.plan.base.linears[vector.name].out_features)
+        whole[vector.part.index()] = vector.part.of(delta)
+        delta = whole
     if vector.kind == "bias":
         delta = values - sources.base().rows(f"{vector.name}.bias", 0, len(values)).float()
         if vector.name in made.covers_bias:

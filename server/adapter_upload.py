@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-_FILES = ("adapter_config.json", "adapter_model.safetensors")
+from adapters.adapter_folder import AdapterFolder
+from adapters.errors import AdapterError
+from adapters.sent_files import FilesNotWhole, names_to_send
+
 _PIECE_BYTES = 1024**2
 
 
@@ -31,9 +34,9 @@ class AdapterUpload:
 
     @classmethod
     def of(cls, folder: Path) -> "AdapterUpload":
-        """Raises UploadImpossible when one of the files is missing."""
+        """Everything in the folder that a load reads. Raises UploadImpossible when a file is missing or of no use."""
         boundary = secrets.token_hex(16)
-        parts = tuple(_part(folder / name, boundary, is_first=name == _FILES[0]) for name in _FILES)
+        parts = tuple(_part(folder / name, boundary, is_first=at == 0) for at, name in enumerate(_names(folder)))
         return cls(f"multipart/form-data; boundary={boundary}", parts, f"\r\n--{boundary}--\r\n".encode())
 
     @property
@@ -53,12 +56,19 @@ class AdapterUpload:
         yield self.tail
 
 
+def _names(folder: Path) -> list[str]:
+    try:
+        with AdapterFolder.find(folder) as found:
+            return names_to_send(found)
+    except (AdapterError, FilesNotWhole) as error:
+        raise UploadImpossible(str(error)) from error
+
+
 def _part(path: Path, boundary: str, *, is_first: bool) -> _Part:
     try:
         num_bytes = path.stat().st_size
     except OSError as error:
-        why = f"{path} cannot be read: {error.strerror}; an adapter's folder has {' and '.join(_FILES)}"
-        raise UploadImpossible(why) from error
+        raise UploadImpossible(f"{path} cannot be read: {error.strerror}") from error
     head = (
         f"{'' if is_first else chr(13) + chr(10)}--{boundary}\r\n"
         f'Content-Disposition: form-data; name="files"; filename="{path.name}"\r\n'

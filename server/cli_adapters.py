@@ -125,7 +125,7 @@ def upload_command(
     name
         What clients will send as `model`.
     folder
-        Its folder here, with adapter_config.json and adapter_model.safetensors.
+        Its folder here: config, weights (one file or shards, PEFT's or MLX-LM's) and tokenizer are sent.
     """
     client = AdapterClient(url, admin_api_key)
     with _failing_for_people():

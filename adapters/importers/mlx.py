@@ -5,18 +5,21 @@ that is tied to it, too. Whether a module is an embedding is said by no tensor, 
 the base.
 """
 
+import re
 from collections.abc import Mapping
 
 from adapters.folds import transposed
 from adapters.importers.method_modules import Entries, bounded, require_shape
 from adapters.key_roles import Role, by_module, read_mlx_keys
-from adapters.proposal import EmbeddingProposal, PairProposal, Proposal
+from adapters.proposal import EmbeddingProposal, ExpertProposal, PairProposal, Proposal
 from adapters.recipe import Recipe
-from adapters.refusals import MLX_EMBEDDING_DORA, MLX_EXPERTS, MLX_QUANTISED, incomplete, unmatched
+from adapters.refusals import MLX_EMBEDDING_DORA, MLX_EXPERTS, MLX_QUANTISED, incomplete, shape_mismatch, unmatched
 from adapters.safetensors_header import TensorEntry, require_matrix
 
 EMBEDDINGS = frozenset("embed_tokens wte tok_embeddings word_embeddings embed_in embedding".split())
 """How MLX-LM's models call the embedding of tokens."""
+_SWITCH = re.compile(r"(?P<outer>(?:.*\.)?)(?:switch_mlp|experts)\.(?P<part>gate|up|down)_proj")
+"""What MLX-LM calls the projections of all experts, which it keeps apart."""
 _QUANTISED = ("lora_a_scales", "lora_a_biases", "lora_b_scales", "lora_b_biases", "scales", "biases")
 
 Roles = Mapping[Role, str]
@@ -26,12 +29,15 @@ def propose_mlx(recipe: Recipe, entries: Entries) -> Proposal:
     for key in entries:
         if key.rpartition(".")[2] in _QUANTISED:
             raise MLX_QUANTISED.error(tensor=key)
-    modules = by_module(read_mlx_keys(sorted(entries)))
+    modules = all_of = by_module(read_mlx_keys(sorted(entries)))
     _check_dora(recipe, modules)
+    experts = {module: found for module, roles in modules.items() if (found := _experts(module, roles, entries))}
+    modules = {module: roles for module, roles in modules.items() if module not in experts}
     is_embedding = {module: module.rpartition(".")[2] in EMBEDDINGS for module in modules}
     return Proposal(
         pairs=tuple(_pair(recipe, m, roles, entries) for m, roles in modules.items() if not is_embedding[m]),
         embeddings=tuple(_embedding(recipe, m, roles, entries) for m, roles in modules.items() if is_embedding[m]),
+        experts=tuple(_stacked(recipe, found, all_of[m], entries) for m, found in experts.items()),
         features=("mlx", "dora") if recipe.number("is_dora") else ("mlx",),
     )
 
@@ -63,6 +69,33 @@ def _pair(recipe: Recipe, module: str, roles: Roles, entries: Entries) -> PairPr
     )
 
 
+def _experts(module: str, roles: Roles, entries: Entries) -> "re.Match[str] | None":
+    """Of a projection of all experts: B has three dimensions."""
+    found = _SWITCH.fullmatch(module)
+    return found if found and any(len(entries[key].shape) == 3 for key in roles.values()) else None
+
+
+def _stacked(recipe: Recipe, found: "re.Match[str]", roles: Roles, entries: Entries) -> ExpertProposal:
+    """As LoRASwitchLinear holds it: A [E, r, in], or [E·r, in] before 2025, and B [E, out, r]."""
+    if Role.MLX_M in roles:
+        raise MLX_EXPERTS.error(tensor=roles[Role.MLX_M])
+    lora_a, lora_b = _halves(found[0], roles, entries)
+    if len(lora_b.shape) != 3 or len(lora_a.shape) not in (2, 3):
+        raise MLX_EXPERTS.error(tensor=lora_b.name)
+    lora_rank = lora_b.shape[2]
+    if recipe.scales.r != lora_rank:
+        why = f"the tensor is {list(lora_b.shape)}, of rank {lora_rank}; the config says {recipe.scales.r}"
+        raise shape_mismatch(lora_b.name, why, feature=f"rank={recipe.scales.r}")
+    return ExpertProposal(
+        source=f"{found['outer']}experts",
+        parameter=found["part"],
+        inputs=(lora_a.name, lora_b.name),
+        form="stacked",
+        scale=_scale(recipe),
+        lora_rank=lora_rank,
+    )
+
+
 def _embedding(recipe: Recipe, module: str, roles: Roles, entries: Entries) -> EmbeddingProposal:
     if Role.MLX_M in roles:
         raise MLX_EMBEDDING_DORA.error(tensor=roles[Role.MLX_M])
@@ -79,11 +112,15 @@ def _embedding(recipe: Recipe, module: str, roles: Roles, entries: Entries) -> E
     )
 
 
-def _both(module: str, roles: Roles, entries: Entries) -> tuple[TensorEntry, TensorEntry]:
+def _halves(module: str, roles: Roles, entries: Entries) -> tuple[TensorEntry, TensorEntry]:
     for role in (Role.MLX_A, Role.MLX_B):
         if role not in roles:
             raise incomplete(next(iter(roles.values())), f"{module} has no {role.name.lower()[4:]} half")
-    lora_a, lora_b = entries[roles[Role.MLX_A]], entries[roles[Role.MLX_B]]
+    return entries[roles[Role.MLX_A]], entries[roles[Role.MLX_B]]
+
+
+def _both(module: str, roles: Roles, entries: Entries) -> tuple[TensorEntry, TensorEntry]:
+    lora_a, lora_b = _halves(module, roles, entries)
     for entry in (lora_a, lora_b):
         if len(entry.shape) == 3:
             raise MLX_EXPERTS.error(tensor=entry.name)

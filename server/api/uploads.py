@@ -1,4 +1,4 @@
-"""POST /v1/adapters/upload: an adapter's two files in one multipart request, kept on the server and loaded from there.
+"""POST /v1/adapters/upload: an adapter's files in one multipart request, kept on the server and loaded from there.
 
 Knows nothing of multipart; the upload store reads the body as it comes.
 """

@@ -186,6 +186,19 @@ MLX_REFUSED: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], Refusal
         RefusalCode.UNSUPPORTED, "wte.m",
     ),
     "experts": ({}, {"q.lora_a": (4, 3, 16), "q.lora_b": (4, 8, 3)}, RefusalCode.UNSUPPORTED, "q.lora_a"),
+    "experts of another rank": (
+        {}, {"m.switch_mlp.up_proj.lora_a": (4, 2, 16), "m.switch_mlp.up_proj.lora_b": (4, 8, 2)},
+        RefusalCode.SHAPE_MISMATCH, "m.switch_mlp.up_proj.lora_b",
+    ),
+    "half of experts": (
+        {}, {"m.switch_mlp.up_proj.lora_b": (4, 8, 3)}, RefusalCode.INCOMPLETE_PAIR, "m.switch_mlp.up_proj.lora_b",
+    ),
+    "dora on experts": (
+        {"fine_tune_type": "dora"},
+        {"m.switch_mlp.up_proj.lora_a": (4, 3, 16), "m.switch_mlp.up_proj.lora_b": (4, 8, 3),
+         "m.switch_mlp.up_proj.m": (4, 8)},
+        RefusalCode.UNSUPPORTED, "m.switch_mlp.up_proj.m",
+    ),
     "quantised": ({}, PAIR | {"q.lora_a_scales": (16, 1)}, RefusalCode.UNSUPPORTED, "q.lora_a_scales"),
     "a leftover": ({}, PAIR | {"q.weight": (8, 16)}, RefusalCode.KEY_UNMATCHED, "q.weight"),
 }  # fmt: skip

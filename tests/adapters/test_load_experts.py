@@ -100,6 +100,44 @@ def test_two_spellings_of_one_projection_are_refused(tmp_path: Path) -> None:
     assert "experts.0 (gate)" in refused.why
 
 
+def stacked(a: tuple[int, ...], b: tuple[int, ...], name: str = "gate_proj") -> dict[str, Tensor]:
+    module = f"{LAYER}.experts.{name}"
+    return {f"{module}.lora_A.weight": torch.ones(a), f"{module}.lora_B.weight": torch.ones(b)}
+
+
+def test_either_half_of_a_projection_may_be_shared_by_all_experts(tmp_path: Path) -> None:
+    report = load(saved(tmp_path, stacked((1, R, H), (E, M, R))), "qwen3_moe").report
+    assert "experts" in report.features
+    again = load(saved(tmp_path, stacked((E, R, H), (1, M, R), "w1")), "qwen3_moe").report
+    assert (
+        again.delta_norms["experts"] == pytest.approx(report.delta_norms["experts"]) and report.delta_norms["experts"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ((E - 1, R, H), (E, M, R)), ((E, R, H), (E + 1, M, R)), ((E, R + 1, H), (E, M, R)), ((E, R, H + 1), (E, M, R)),
+        ((E, H, R), (E, M, R)), ((E, R, H), (E, R, M)), ((E, R, H), (E, M + 1, R)), ((2, R, H), (E, M, R)),
+    ],
+)  # fmt: skip
+def test_stacked_experts_of_another_shape_are_refused(tmp_path: Path, a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    refused = refusal_of(saved(tmp_path, stacked(a, b)))
+    assert refused.reason is RefusalCode.SHAPE_MISMATCH and "experts.gate_proj" in (refused.tensor or "")
+
+
+def test_stacked_and_single_experts_are_not_mixed(tmp_path: Path) -> None:
+    both = stacked((E, R, H), (E, M, R)) | single("0.up_proj")
+    assert refusal_of(saved(tmp_path, both)).reason is RefusalCode.AMBIGUOUS_LAYOUT
+    twice = stacked((E, R, H), (E, M, R)) | stacked((E, R, H), (E, M, R), "w1")
+    assert refusal_of(saved(tmp_path, twice)).reason is RefusalCode.AMBIGUOUS_LAYOUT
+
+
+def test_a_half_of_two_dimensions_beside_one_of_three_is_refused(tmp_path: Path) -> None:
+    refused = refusal_of(saved(tmp_path, stacked((R, H), (E, M, R))))
+    assert refused.reason is RefusalCode.SHAPE_MISMATCH and "lora_A" in (refused.tensor or "")
+
+
 def test_an_index_has_one_spelling(tmp_path: Path) -> None:
     name = f"{LAYER}.experts.00.gate_proj"
     odd = {key.replace(f"{LAYER}.experts.0.gate_proj", name): v for key, v in single("0.gate_proj", value=5.0).items()}

@@ -417,12 +417,100 @@ def test_parts_of_a_fused_linear_are_one_pair_of_it(tmp_path: Path) -> None:
     torch.testing.assert_close(weights.lora_b.T @ weights.lora_a, delta)
 
 
+def test_a_magnitude_of_a_part_is_for_its_rows_alone(tmp_path: Path) -> None:
+    weight, magnitude = torch.randn(12, H), torch.rand(4) + 0.5
+    weights = FakeWeights(tensors={"l.qkv.weight": weight})
+    tensors = of_pair("l.q", out_features=4) | of_pair("l.k", out_features=4) | {"m": magnitude}
+    ran = run_proposal(
+        tmp_path,
+        Proposal(pairs=(pair("l.q", magnitude="m"), pair("l.k"))),
+        tensors,
+        base=FUSED,
+        weights=weights,
+    )
+    delta, gain, mine = torch.zeros(12, H), torch.ones(12), [0, 1, 6, 7]
+    delta[mine] = 2.0 * tensors["l.q.B"] @ tensors["l.q.A"]
+    gain[mine] = magnitude / (weight[mine] + delta[mine]).norm(dim=1)
+    delta[[2, 3, 8, 9]] = 2.0 * tensors["l.k.B"] @ tensors["l.k.A"]
+    torch.testing.assert_close(ran.extras.gains["l.qkv"], gain)
+    found = ran.modules["l.qkv"]
+    torch.testing.assert_close(found.lora_b.T @ found.lora_a, gain[:, None] * delta)
+
+
+def test_biases_of_b_of_parts_are_one_of_the_whole(tmp_path: Path) -> None:
+    biases = {"q": torch.randn(4), "k": torch.randn(4)}
+    tensors = of_pair("l.q", out_features=4) | of_pair("l.k", out_features=4) | biases
+    proposal = Proposal(pairs=(pair("l.q", bias="q"), pair("l.k", scale=5.0, bias="k")))
+    ran = run_proposal(tmp_path, proposal, tensors, base=FUSED)
+    wanted = torch.zeros(12)
+    wanted[[0, 1, 6, 7]], wanted[[2, 3, 8, 9]] = 2.0 * biases["q"], 5.0 * biases["k"]
+    torch.testing.assert_close(ran.extras.biases["l.qkv"], wanted)
+
+
+APART = BaseModules(
+    "apart", {"l.q_proj": LinearShape(H, 6), "l.k_proj": LinearShape(H, 2), "l.v_proj": LinearShape(H, 4)}
+)
+
+
+def test_a_linear_that_the_base_keeps_apart_is_cut_into_its_parts(tmp_path: Path) -> None:
+    tensors = of_pair("l.qkv_proj", out_features=12) | {"m": torch.rand(12) + 0.5}
+    weights = FakeWeights(
+        tensors={f"{name}.weight": torch.randn(s.out_features, H) for name, s in APART.linears.items()}
+    )
+    proposal = Proposal(pairs=(pair("l.qkv_proj", magnitude="m"),))
+    ran = run_proposal(tmp_path, proposal, tensors, base=APART, weights=weights)
+    adapted = torch.cat([weights.tensors[f"{name}.weight"] for name in APART.linears])
+    delta = 2.0 * tensors["l.qkv_proj.B"] @ tensors["l.qkv_proj.A"]
+    gain = tensors["m"] / (adapted + delta).norm(dim=1)
+    torch.testing.assert_close(torch.cat([ran.extras.gains[name] for name in APART.linears]), gain)
+    found = torch.cat([ran.modules[name].lora_b.T @ ran.modules[name].lora_a for name in APART.linears])
+    torch.testing.assert_close(found, gain[:, None] * delta)
+
+
+def test_what_a_linear_that_is_apart_cannot_be(tmp_path: Path) -> None:
+    for size in (11, 13):
+        proposal, wrong = Proposal(pairs=(pair("l.qkv_proj"),)), of_pair("l.qkv_proj", out_features=size)
+        refused(RefusalCode.SHAPE_MISMATCH, tmp_path, proposal, wrong, base=APART)
+    twice = of_pair("l.qkv_proj", out_features=12) | of_pair("l.k_proj", out_features=2)
+    proposal = Proposal(pairs=(pair("l.qkv_proj"), pair("l.k_proj")))
+    refused(RefusalCode.AMBIGUOUS_LAYOUT, tmp_path, proposal, twice, base=APART)
+    some = replace(APART, linears={name: shape for name, shape in APART.linears.items() if name != "l.v_proj"})
+    proposal = Proposal(pairs=(pair("l.qkv_proj"),))
+    refused(RefusalCode.KEY_UNMATCHED, tmp_path, proposal, of_pair("l.qkv_proj", out_features=8), base=some)
+
+
+HEADS = BaseModules("llama", {"l.q_proj": LinearShape(H, 12)}, head_dims={"l.q_proj": 6})
+
+
+def test_torchtunes_magnitudes_are_put_into_the_order_of_rows(tmp_path: Path) -> None:
+    """Of a head of 6 rows torchtune holds 0 3 1 4 2 5."""
+    tensors, weight = of_pair("l.q_proj", out_features=12) | {"m": torch.rand(12) + 0.5}, torch.randn(12, H)
+    proposal = Proposal(pairs=(pair("l.q_proj", magnitude="m", is_interleaved=True),))
+    weights = FakeWeights(tensors={"l.q_proj.weight": weight})
+    ran = run_proposal(tmp_path, proposal, tensors, base=HEADS, weights=weights)
+    order = [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
+    norms = (weight + 2.0 * tensors["l.q_proj.B"] @ tensors["l.q_proj.A"]).norm(dim=1)
+    torch.testing.assert_close(ran.extras.gains["l.q_proj"], tensors["m"][order] / norms)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [replace(HEADS, model_type="qwen2"), replace(HEADS, head_dims={}), replace(HEADS, head_dims={"l.q_proj": 3})],
+)
+def test_torchtunes_magnitudes_are_refused_where_their_order_is_unknown(tmp_path: Path, base: BaseModules) -> None:
+    tensors = of_pair("l.q_proj", out_features=12) | {"m": torch.ones(12)}
+    proposal = Proposal(pairs=(pair("l.q_proj", magnitude="m", is_interleaved=True),))
+    error = refused(RefusalCode.AMBIGUOUS_LAYOUT, tmp_path, proposal, tensors, base=base, weights=FakeWeights())
+    assert error.tensor == "m" and "torchtune" in str(error)
+
+
 def test_what_a_part_of_a_fused_linear_cannot_be(tmp_path: Path) -> None:
     wide = of_pair("l.q", r=2, out_features=5)
     refused(RefusalCode.SHAPE_MISMATCH, tmp_path, Proposal(pairs=(pair("l.q"),)), wide, base=FUSED)
-    dora = of_pair("l.q", out_features=4) | {"m": torch.ones(4)}
-    proposal = Proposal(pairs=(pair("l.q", magnitude="m"),))
-    refused(RefusalCode.UNSUPPORTED, tmp_path, proposal, dora, base=FUSED, weights=FakeWeights())
+    for size in (3, 5, 12):
+        dora = of_pair("l.q", out_features=4) | {"m": torch.ones(size)}
+        proposal = Proposal(pairs=(pair("l.q", magnitude="m"),))
+        refused(RefusalCode.SHAPE_MISMATCH, tmp_path, proposal, dora, base=FUSED, weights=FakeWeights())
     both = of_pair("l.q", r=40, out_features=4) | of_pair("l.k", r=40, out_features=4)
     proposal = Proposal(pairs=(pair("l.q", r=40), pair("l.k", r=40)))
     assert "r=80" in str(refused(RefusalCode.TOO_LARGE, tmp_path, proposal, both, base=FUSED))

@@ -54,7 +54,9 @@ CELLS: dict[str, tuple[dict[str, Any], Shapes, RefusalCode, str]] = {
     "dora: other width": ({"use_dora": True}, PAIR | {Q_MAGNITUDE: (9,)}, SHAPE, Q_MAGNITUDE),
     "dora: a matrix": ({"use_dora": True}, PAIR | {Q_MAGNITUDE: (1, 8)}, SHAPE, Q_MAGNITUDE),
     "dora: denied": ({"use_dora": False}, PAIR | {Q_MAGNITUDE: (8,)}, AMBIGUOUS, "use_dora=False"),
-    "dora: torchtune's queries": ({}, PAIR | {Q_MAGNITUDE: (8,)}, AMBIGUOUS, "torchtune_magnitude"),
+    "dora: torchtune's queries, by PEFT": (
+        {"peft_version": "0.17.0"}, PAIR | {Q_MAGNITUDE: (8,)}, AMBIGUOUS, "torchtune_magnitude",
+    ),
     "dora: not said, one lacks": ({}, PAIR | OTHER | {O_MAGNITUDE: (8,)}, INCOMPLETE, "use_dora"),
     "dora: not said, with biases": (
         {"lora_bias": True}, OTHER | {O_MAGNITUDE: (8,), "m.o_proj.lora_B.bias": (8,)}, UNSUPPORTED,

@@ -1,12 +1,14 @@
 """POST /v1/adapters/upload: a multipart body as it comes, kept whole or not at all."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from safetensors.torch import load_file, save
 
 from adapters.adapter_folder import WEIGHTS_NAME
 from adapters.lora_config import CONFIG_NAME
@@ -155,7 +157,16 @@ async def test_a_compressed_body_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "names",
-    [[CONFIG_NAME], [WEIGHTS_NAME], [CONFIG_NAME, "../" + WEIGHTS_NAME], [CONFIG_NAME, WEIGHTS_NAME, "x.py"], []],
+    [
+        [CONFIG_NAME],
+        [WEIGHTS_NAME],
+        [CONFIG_NAME, "../" + WEIGHTS_NAME],
+        [CONFIG_NAME, WEIGHTS_NAME, "x.py"],
+        [],
+        [CONFIG_NAME, WEIGHTS_NAME, "more.safetensors"],
+        [CONFIG_NAME, WEIGHTS_NAME, "special_tokens_map.json"],
+        [CONFIG_NAME, WEIGHTS_NAME, "a/tokenizer.json"],
+    ],
 )
 async def test_other_files_are_refused(tmp_path: Path, names: list[str]) -> None:
     async with adapter_world(tmp_path) as world:
@@ -164,6 +175,33 @@ async def test_other_files_are_refused(tmp_path: Path, names: list[str]) -> None
         status, error = await world.refused("POST", PATH, files=files)
         assert (status, error["code"]) == (400, "adapter_upload_invalid")
         assert nothing_kept(world)
+
+
+async def test_an_unknown_name_is_told_with_those_that_are_known(tmp_path: Path) -> None:
+    async with adapter_world(tmp_path) as world:
+        files = {**files_of(world.adapter("a")), "readme": ("README.md", b"x")}
+        _, error = await world.refused("POST", PATH, files=files)
+        for name in ("README.md", CONFIG_NAME, WEIGHTS_NAME, "adapters.safetensors", "shards", "chat_template.jinja"):
+            assert name in error["message"]
+
+
+async def test_shards_are_served_as_the_one_file(tmp_path: Path) -> None:
+    async with adapter_world(tmp_path) as world:
+        folder = Path(world.adapter("a"))
+        one = await world.client.post(PATH, files=files_of(str(folder)))
+        tensors = load_file(folder / WEIGHTS_NAME)
+        index = {name: f"{name[-13:-7]}.safetensors" for name in tensors}
+        assert len(set(index.values())) == 2
+        shards = {
+            file: (file, save({name: tensors[name] for name in tensors if index[name] == file}))
+            for file in index.values()
+        }
+        config = {CONFIG_NAME: files_of(str(folder))[CONFIG_NAME]}
+        named = {"index": ("model.safetensors.index.json", json.dumps({"weight_map": index}).encode())}
+        apart = await world.client.post(PATH.replace("sql", "apart"), files={**shards, **config, **named})
+        assert (one.status_code, apart.status_code) == (201, 201), apart.text
+        assert apart.json()["version"] == one.json()["version"]
+        assert apart.json()["source"] != one.json()["source"]
 
 
 async def test_over_the_quota_is_507(tmp_path: Path) -> None:

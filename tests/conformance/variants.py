@@ -11,7 +11,7 @@ from typing import Any
 import peft
 from peft import LoraConfig, PeftConfig
 
-from tests.conformance import dialects, expert_files
+from tests.conformance import dialects, expert_files, fused_files, stacked_experts, torchtune_files
 from tests.conformance.making import Make, altered, by_peft, converted, lora, plain, rewritten
 from tests.conformance.traits import Traits, traits
 
@@ -57,6 +57,14 @@ def needs_fused(t: Traits) -> Reason:
     return None if t.architecture in ("phi3", "gpt2", "gpt_bigcode") else "no linear is fused from others"
 
 
+def needs_parts(t: Traits) -> Reason:
+    return None if any(True for _ in fused_files.wider(t)) else "q, k, v and gate, up are not apart"
+
+
+def needs_biased_parts(t: Traits) -> Reason:
+    return None if any(True for _ in fused_files.wider(t, biased=True)) else "no q, k and v apart that have biases"
+
+
 def needs_wrapper(t: Traits) -> Reason:
     return None if t.is_wrapped else "one layout only"
 
@@ -67,6 +75,10 @@ def needs_plain_decoder(t: Traits) -> Reason:
 
 def needs_split(t: Traits) -> Reason:
     return None if "q_proj" in t.leaves and not t.biased else "torchtune has no such model, or scales its biases, too"
+
+
+def needs_torchtune(t: Traits) -> Reason:
+    return None if t.architecture in ("llama", "mistral") else "torchtune's order of rows is not known for it"
 
 
 def needs_rows_of_batch(t: Traits) -> Reason:
@@ -170,6 +182,7 @@ LORA: tuple[Variant, ...] = (
     Variant(name="dora", make=plain(use_dora=True)),
     Variant(name="dora_bias", make=plain(use_dora=True, bias="all"), why_not=needs_bias),
     Variant(name="dora_unsaid", make=rewritten(by_peft(_as_torchtune), dialects.without_use_dora), why_not=needs_split),
+    Variant(name="dora_torchtune", make=torchtune_files.dora_of_queries, why_not=needs_torchtune),
     Variant(name="lora_bias", make=plain(lora_bias=True), why_not=needs_bias),
     Variant(name="bias_all", make=plain(bias="all"), why_not=needs_bias),
     Variant(name="bias_lora_only", make=plain(bias="lora_only"), why_not=needs_bias),
@@ -240,6 +253,11 @@ DIALECTS: tuple[Variant, ...] = (
     Variant(name="outer_layout", make=rewritten(plain(), dialects.spelled("language_model.")), why_not=needs_wrapper),
     Variant(name="bare_layout", make=rewritten(plain(), dialects.spelled("")), why_not=needs_wrapper),
     Variant(name="split_fused", make=expert_files.split_fused, why_not=needs_fused),
+    Variant(name="split_dora", make=fused_files.split_with_dora, why_not=needs_fused),
+    Variant(name="split_lora_bias", make=fused_files.split_with_bias, why_not=both(needs_fused, needs_bias)),
+    Variant(name="joint", make=fused_files.joint(), why_not=needs_parts),
+    Variant(name="joint_dora", make=fused_files.joint(use_dora=True), why_not=needs_parts),
+    Variant(name="joint_lora_bias", make=fused_files.joint(lora_bias=True), why_not=needs_biased_parts),
 )
 
 CHANGED_BASES: tuple[Variant, ...] = (
@@ -268,6 +286,9 @@ EXPERTS: tuple[Variant, ...] = (
         make=expert_files.each_expert(use_rslora=True),
         why_not=needs_experts,
     ),
+    Variant(name="experts_shared_outer", make=stacked_experts.shared_outer, why_not=needs_experts),
+    Variant(name="experts_mlx", make=stacked_experts.mlx(in_one_dimension=False), why_not=needs_experts),
+    Variant(name="experts_mlx_old", make=stacked_experts.mlx(in_one_dimension=True), why_not=needs_experts),
     Variant(name="router", make=by_peft(_router), why_not=needs_experts),
 )
 

@@ -238,6 +238,47 @@ def test_upload_sends_both_files_byte_for_byte(
     assert capsys.readouterr().out.splitlines()[1].startswith("sql\tabababababab")
 
 
+@pytest.mark.parametrize("index", ["adapter_model.safetensors.index.json", "model.safetensors.index.json"])
+def test_upload_sends_all_that_a_load_reads(url: str, fake: FakeAdapterServer, tmp_path: Path, index: str) -> None:
+    folder = _folder(tmp_path / "a", b"")
+    (folder / "adapter_model.safetensors").unlink()
+    read = {
+        "adapter_config.json": b'{"r": 8}',
+        index: b'{"weight_map": {"x": "b.safetensors", "y": "a-1.safetensors", "z": "b.safetensors"}}',
+        "a-1.safetensors": b"one",
+        "b.safetensors": b"two",
+        "tokenizer.json": b"{}",
+        "tokenizer_config.json": b"{}",
+        "chat_template.jinja": b"x",
+    }
+    unread = ("README.md", "optimizer.pt", "other.safetensors", "tokenizer.model", "special_tokens_map.json")
+    for name, data in {**read, **dict.fromkeys(unread, b"?")}.items():
+        (folder / name).write_bytes(data)
+    assert _run("upload", "sql", str(folder)) == 0
+    assert fake.received[0][3] == read
+
+
+@pytest.mark.parametrize("shard", ['a"; x="y.safetensors', "a\r\nX: y.safetensors", " .safetensors", "ä.safetensors"])
+def test_a_shard_whose_name_would_break_the_request_is_not_sent(
+    url: str, fake: FakeAdapterServer, tmp_path: Path, shard: str, capsys: Capture
+) -> None:
+    folder = _folder(tmp_path / "a", b"")
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / shard).write_bytes(b"x")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
+    assert _run("upload", "sql", str(folder)) == 1
+    assert "cannot be sent" in capsys.readouterr().err
+    assert fake.received == []
+
+
+def test_a_pickle_is_not_sent(url: str, fake: FakeAdapterServer, tmp_path: Path, capsys: Capture) -> None:
+    folder = _folder(tmp_path / "a", b"")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    assert _run("upload", "sql", str(folder)) == 1
+    assert "loramux convert" in capsys.readouterr().err.replace("\n", " ")
+    assert fake.received == []
+
+
 def test_upload_shows_a_bar_on_a_terminal(
     url: str, fake: FakeAdapterServer, tmp_path: Path, terminal: None, capsys: Capture
 ) -> None:
@@ -259,7 +300,9 @@ def test_a_folder_without_weights_is_not_sent(
     folder = _folder(tmp_path / "a", b"")
     (folder / "adapter_model.safetensors").unlink()
     assert _run("upload", "sql", str(folder)) == 1
-    assert "adapter_model.safetensors cannot be read: No such file" in capsys.readouterr().err.replace("\n", " ")
+    assert "no adapter_model.safetensors or adapter_model.safetensors.index.json in" in capsys.readouterr().err.replace(
+        "\n", " "
+    )
     assert fake.received == []
 
 
@@ -489,9 +532,9 @@ def test_a_file_that_cannot_be_sent_is_named(url: str, tmp_path: Path, capsys: C
     folder = _folder(tmp_path / "a", b"x")
     weights = folder / "adapter_model.safetensors"
     weights.unlink()
-    weights.mkdir()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "adapter_model-1.safetensors"}}')
     assert _run("upload", "a", str(folder)) == 1
-    assert f"{weights} cannot be read" in capsys.readouterr().err
+    assert "adapter_model-1.safetensors cannot be read: No such file" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_server_that_takes_long_is_not_said_to_be_away() -> None:

@@ -16,7 +16,7 @@ from adapters import own_tokenizer
 from adapters.adapter_folder import INDEX_NAMES, MLX_WEIGHTS_NAME, WEIGHTS_NAME, AdapterFolder
 from adapters.errors import AdapterNotFound
 from adapters.lora_config import CONFIG_NAME, MAX_CONFIG_BYTES
-from adapters.weight_files import MAX_INDEX_BYTES, shard_names
+from adapters.shard_index import MAX_INDEX_BYTES, shard_names
 from server.lifecycle.sources.disk import Disk, NewFile
 from server.lifecycle.sources.errors import AdapterSourceUnreachable, too_large
 

@@ -5,7 +5,7 @@ AdapterError
 ├── AdapterSourceUnsupported    a source of a kind this server was not installed for: 400
 ├── AdapterSourceNotAllowed     outside the folders and URLs that adapters may be loaded from: 403
 ├── AdapterSourceUnreachable    a remote source does not answer, or wrongly: 503, worth another try
-├── AdapterUploadInvalid        what was sent is not one config and one safetensors file: 400
+├── AdapterUploadInvalid        what was sent is not the files of one adapter: 400
 ├── AdapterStorageFull          no room on disk or in the upload quota: 507
 └── AdapterStorageFailed        the disk failed: 500
 
@@ -44,7 +44,7 @@ class AdapterSourceUnreachable(AdapterError):
 
 
 class AdapterUploadInvalid(AdapterError):
-    """The request's body is not multipart with exactly the two files of an adapter, or was cut off."""
+    """The request's body is not multipart with the files of one adapter and no others, or was cut off."""
 
     code = "adapter_upload_invalid"
 
@@ -67,5 +67,7 @@ def too_large(what: str, num_bytes: int | None, limit: int, flag: str) -> Adapte
     """`num_bytes` None: more than the limit, nobody knows by how much."""
     size = "more" if num_bytes is None else f"{num_bytes} bytes"
     why = f"{what} has {size}, over {flag}={limit}"
-    fix = f"Restart the server with a larger --{flag.replace('_', '-')}, or save the LoRA tensors alone"
+    fix = "The limit is fixed: save the file without what an adapter does not need"
+    if flag == "max_adapter_bytes":
+        fix = f"Restart the server with a larger --{flag.replace('_', '-')}, or save the LoRA tensors alone"
     return AdapterRefused(RefusalCode.TOO_LARGE, why, fix, feature=flag)

@@ -1,7 +1,8 @@
-"""One multipart/form-data body with the two files of an adapter, taken apart as its bytes come.
+"""One multipart/form-data body with the files of an adapter, taken apart as its bytes come.
 
 Pushes the bytes of each file to whoever keeps them, and holds none itself. Headers, their number and the number of
-parts are bounded; a part that is not one of the two files is refused by its name. Knows nothing of disks.
+parts are bounded; a part that is no file of an adapter is refused by its name. Knows nothing of disks, nor whether the
+files belong together.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,14 +10,12 @@ from collections.abc import Callable, Mapping
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from adapters.adapter_folder import WEIGHTS_NAME
-from adapters.lora_config import CONFIG_NAME
+from adapters.sent_files import ACCEPTED, MAX_FILES, may_be_sent
 from adapters.untrusted_json import shown
 from server.lifecycle.sources.errors import AdapterUploadInvalid
 
-UPLOAD_FILES = (CONFIG_NAME, WEIGHTS_NAME)
-FRAME_BYTES = 1 << 14
-"""What boundaries, headers and line ends of a body may take beside the files; one of two parts needs some 400."""
+FRAME_BYTES = 1 << 16
+"""What boundaries, headers and line ends of a body may take beside the files; a part needs some 200 to 400."""
 _MAX_HEADER_BYTES = 1 << 12
 
 
@@ -52,12 +51,9 @@ class MultipartUpload:
             raise AdapterUploadInvalid("the body is not well-formed multipart/form-data") from None
 
     def finish(self) -> None:
-        """Raises AdapterUploadInvalid unless both files were there and the body came to its end."""
+        """Raises AdapterUploadInvalid unless the body came to its end."""
         if not self._is_complete:
             raise AdapterUploadInvalid("the upload was cut off before its end; nothing of it was kept")
-        missing = [name for name in UPLOAD_FILES if name not in self._seen]
-        if missing:
-            raise AdapterUploadInvalid(f"the upload lacks {' and '.join(missing)}")
 
     def _begin_part(self) -> None:
         self._headers = {}
@@ -83,12 +79,12 @@ class MultipartUpload:
         _, options = parse_options_header(self._headers.get("content-disposition"))
         # A form's field may have any name if its file has the right one; curl -F and browsers send both.
         name = options.get(b"filename", options.get(b"name", b"")).decode("latin-1")
-        if name not in UPLOAD_FILES:
-            raise AdapterUploadInvalid(
-                f"{shown(name)!r} is not one of the files of an upload: {', '.join(UPLOAD_FILES)}"
-            )
+        if not may_be_sent(name):
+            raise AdapterUploadInvalid(f"{shown(name)!r} is not one of the files of an upload: {ACCEPTED}")
         if name in self._seen:
             raise AdapterUploadInvalid(f"{name} is in the upload twice")
+        if len(self._seen) == MAX_FILES:
+            raise AdapterUploadInvalid(f"the upload has more than {MAX_FILES} files")
         if self._headers.get("content-transfer-encoding", "binary").lower() not in ("binary", "7bit", "8bit"):
             raise AdapterUploadInvalid(f"{name} must be sent as it is, without a transfer encoding")
         self._seen.append(name)

@@ -8,6 +8,7 @@ HTTP beyond the body, nor of who uses an upload; whoever does must say when it m
 import asyncio
 import errno
 import hashlib
+import os
 import re
 import threading
 from collections.abc import AsyncIterator, Mapping
@@ -15,18 +16,27 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.adapter_folder import WEIGHTS_NAME, AdapterFolder
+from adapters import own_tokenizer
+from adapters.adapter_folder import INDEX_NAMES, TOKENIZER_FILES, AdapterFolder
 from adapters.errors import AdapterNotFound
 from adapters.lora_config import CONFIG_NAME, MAX_CONFIG_BYTES
+from adapters.sent_files import FilesNotWhole, check_weights, check_whole, is_weights
+from adapters.shard_index import MAX_INDEX_BYTES
 from server.lifecycle.sources.disk import Disk, NewFile, remove_tree, storage_errors
-from server.lifecycle.sources.errors import AdapterStorageFull, too_large
+from server.lifecycle.sources.errors import AdapterStorageFull, AdapterUploadInvalid, too_large
 from server.lifecycle.sources.in_thread import in_thread
-from server.lifecycle.sources.multipart_upload import FRAME_BYTES, UPLOAD_FILES, MultipartUpload
+from server.lifecycle.sources.multipart_upload import FRAME_BYTES, MultipartUpload
 from server.lifecycle.sources.staging import Staging
 from server.lifecycle.sources.upload_quota import QuotaShare, UploadQuota
 
 _BATCH_BYTES = 1 << 20  # written at once: a hop to a worker thread for each piece a socket gives would cost more
 _ID = re.compile(r"[0-9a-f]{64}")
+_SMALL_FILES = {
+    CONFIG_NAME: ("max_config_bytes", MAX_CONFIG_BYTES),
+    **dict.fromkeys(INDEX_NAMES, ("max_index_bytes", MAX_INDEX_BYTES)),
+    **dict.fromkeys(TOKENIZER_FILES, ("max_tokenizer_bytes", own_tokenizer.MAX_BYTES)),
+}
+_SMALL_FILES_BYTES = sum(limit for _, limit in _SMALL_FILES.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +76,7 @@ class UploadStore:
         try:
             async for batch in _batches(body):
                 held += len(batch)
-                if held > self._max_bytes + MAX_CONFIG_BYTES + FRAME_BYTES:
+                if held > self._max_bytes + _SMALL_FILES_BYTES + FRAME_BYTES:
                     raise too_large("the upload", None, self._max_bytes, "max_adapter_bytes")
                 await self._take(share, len(batch))
                 await in_thread(lambda data=batch: incoming.feed(data), wait_if_cancelled=True)  # type: ignore[misc]
@@ -135,7 +145,7 @@ class UploadStore:
 
     def _kept_bytes(self) -> int:
         with storage_errors():
-            return sum(_size(self._folder / upload_id / name) for upload_id in self.ids() for name in UPLOAD_FILES)
+            return sum(_folder_bytes(self._folder / upload_id) for upload_id in self.ids())
 
     def close(self) -> None:
         """Removes what is not whole."""
@@ -147,13 +157,11 @@ class _Incoming:
 
     def __init__(self, staging: Staging, disk: Disk, content_type: str, max_bytes: int) -> None:
         self._disk = disk
-        self._limits = {
-            CONFIG_NAME: ("max_config_bytes", MAX_CONFIG_BYTES),
-            WEIGHTS_NAME: ("max_adapter_bytes", max_bytes),
-        }
+        self._max_bytes = max_bytes  # of all weights together
+        self._weight_bytes = 0
         self._upload = MultipartUpload(content_type, self._keep_bytes)
         self._files: dict[str, NewFile] = {}
-        self._digests = {name: hashlib.sha256() for name in UPLOAD_FILES}
+        self._digests: dict[str, hashlib._Hash] = {}
         self._path = staging.new_folder()
 
     def feed(self, data: bytes) -> None:
@@ -163,20 +171,42 @@ class _Incoming:
         file = self._files.get(name)
         if file is None:
             file = self._files[name] = NewFile(self._disk, self._path / name)
-        flag, limit = self._limits[name]
-        if file.num_bytes + len(data) > limit:
-            raise too_large(name, None, limit, flag)
+            self._digests[name] = hashlib.sha256()
+        self._check_size(name, file.num_bytes + len(data), len(data))
         file.write(data)
         self._digests[name].update(data)
+
+    def _check_size(self, name: str, num_bytes: int, more: int) -> None:
+        if is_weights(name):
+            self._weight_bytes += more
+            if self._weight_bytes > self._max_bytes:
+                what = name if num_bytes == self._weight_bytes else f"the weights up to {name}"
+                raise too_large(what, None, self._max_bytes, "max_adapter_bytes")
+        else:
+            flag, limit = _SMALL_FILES[name]
+            if num_bytes > limit:
+                raise too_large(name, None, limit, flag)
 
     def finish(self) -> tuple[str, int]:
         """(id, bytes), once it is whole and on the disk."""
         self._upload.finish()
+        self._check_whole()
         for file in self._files.values():
             file.sync()
         num_bytes = sum(file.num_bytes for file in self._files.values())
-        upload_id = hashlib.sha256(b"".join(self._digests[name].digest() for name in UPLOAD_FILES)).hexdigest()
-        return upload_id, num_bytes
+        digest = hashlib.sha256()
+        for name, each in sorted(self._digests.items()):
+            digest.update(hashlib.sha256(name.encode()).digest() + each.digest())
+        return digest.hexdigest(), num_bytes
+
+    def _check_whole(self) -> None:
+        """Raises AdapterUploadInvalid, AdapterRefused."""
+        try:
+            check_whole(self._files)
+            with AdapterFolder.find(self._path) as folder:
+                check_weights(folder, self._files)
+        except FilesNotWhole as error:
+            raise AdapterUploadInvalid(str(error)) from None
 
     def give_name(self, folder: Path, upload_id: str) -> bool:
         """False: it was there already, and counts as received now. One at a time, so that nobody counts on one that is
@@ -242,8 +272,16 @@ def _received(path: Path) -> int | None:
         return None
 
 
-def _size(path: Path) -> int:
+def _folder_bytes(path: Path) -> int:
     try:
-        return path.stat().st_size
+        with os.scandir(path) as entries:
+            return sum(_size(entry) for entry in entries)
     except FileNotFoundError:  # removed meanwhile
+        return 0
+
+
+def _size(entry: "os.DirEntry[str]") -> int:
+    try:
+        return entry.stat(follow_symlinks=False).st_size
+    except FileNotFoundError:
         return 0

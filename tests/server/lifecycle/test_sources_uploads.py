@@ -1,4 +1,4 @@
-"""Uploads: one multipart body in pieces of any size, the two files and no others, quotas, broken disks and clients."""
+"""Uploads: one multipart body in pieces of any size, the files and no others, quotas, broken disks and clients."""
 
 import asyncio
 import errno
@@ -149,7 +149,7 @@ async def test_field_names_will_do_where_there_is_no_file_name(world: World) -> 
         "", ".", "..", "../adapter_config.json", "/etc/passwd", "a/adapter_config.json", "C:\\\\adapter_config.json",
         "adapter_config.json\\0", "adapter_config.json ", "ADAPTER_CONFIG.JSON", "adapter_model.bin",
         "adapter_model.pt",
-        "model.safetensors", "adapter_model.safetensors.index.json", "tokenizer.json", "adapter_config.json\\n",
+        "model.safetensors", "README.md", "tokenizer.py", "adapter_config.json\\n", "special_tokens_map.json",
         "x" * 3000,
         "ａdapter_config.json", "adapter_config.json\x00.txt", "%61dapter_config.json",
     ],

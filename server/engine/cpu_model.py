@@ -68,7 +68,7 @@ def _leave_file(model: PreTrainedModel, loaded: Sequence[nn.Parameter]) -> None:
             parameter.data = memory.keep(parameter)
 
 
-def _share_out_threads(wanted: int | None, *, own_product: bool, own_experts: bool) -> ThreadTeam:
+def _share_out_threads(wanted: int | None, *, own_product: bool, own_experts: bool = False) -> ThreadTeam:
     """The team our kernels run on. Two pools of threads would take the cores from each other, so torch is left with one
     thread where our kernels do the products, and our team has one where torch does them. Where they do those of experts
     alone, it has as many, which sleep but for those (expert_panels.py)."""

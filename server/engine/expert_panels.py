@@ -14,6 +14,7 @@ from adapters.ops.thread_team import KernelArguments, ThreadTeam
 from server.engine import expert_kernels as kernels
 from server.engine.expert_trial import agree
 
+_ALIASED, _LINE = 2048, 64  # bytes
 _PER_STEP = {torch.bfloat16: 2, torch.float32: 1}  # inputs that are multiplied at once
 
 
@@ -33,7 +34,6 @@ class PanelExperts:
         self._chunks_per_group = -(-num_panels // kernels.PANELS_PER_CHUNK)
         self._arguments = KernelArguments(np.zeros(kernels.NUM_FIELDS, np.int64))
         fields = self._arguments.fields
-        fields[kernels.X_STRIDE] = self._in_features * self._dtype.itemsize
         fields[kernels.Y_STRIDE] = self._width * self._dtype.itemsize
         fields[[kernels.WEIGHT, kernels.BIAS]] = self.weight.data_ptr(), self._bias.data_ptr()
         fields[kernels.BIAS_STRIDE] = 0 if bias is None else 4 * self._width
@@ -49,9 +49,10 @@ class PanelExperts:
         """x [num_rows, in], by expert → [num_rows, out]."""
         if x.dtype is not self._dtype or x.shape[1] != self._in_features:
             raise RuntimeError(f"x is {x.dtype} {tuple(x.shape)}, not {self._dtype} of {self._in_features} features")
-        x, rows = x.contiguous(), np.ascontiguousarray(groups.groups)
+        x, rows = _spread(x), np.ascontiguousarray(groups.groups)
         y = x.new_empty(len(x), self._width)
         fields = self._arguments.fields
+        fields[kernels.X_STRIDE] = x.stride(0) * self._dtype.itemsize
         fields[[kernels.X, kernels.Y, kernels.GROUPS]] = x.data_ptr(), y.data_ptr(), rows.ctypes.data
         with self._team.step():  # nothing inside another, as in a model whose every product is ours
             self._team.run(self._kernel.address, self._arguments, len(rows) * self._chunks_per_group)
@@ -85,6 +86,17 @@ def _pack_module(module: nn.Module, bound: FusedExperts, team: ThreadTeam, memor
     own.gate_up_proj = nn.Parameter(gate_up.weight, requires_grad=False)
     own.down_proj = nn.Parameter(down.weight, requires_grad=False)
     return True
+
+
+def _spread(x: Tensor) -> Tensor:
+    """x [num_rows, in] with rows that do not lie a multiple of 2 KiB apart: the first cache keeps only eight lines of
+    such places, and the kernel reads twelve rows side by side."""
+    num_rows, in_features = x.shape
+    if num_rows == 1 or in_features * x.element_size() % _ALIASED:
+        return x.contiguous()
+    spread = x.new_empty(num_rows, in_features + _LINE // x.element_size())
+    spread[:, :in_features] = x
+    return spread[:, :in_features]
 
 
 def _pack(weight: Tensor, memory: HostMemory) -> Tensor:

@@ -84,6 +84,8 @@ def _experts_of(model: nn.Module) -> Iterator[tuple[str, ExpertsShape]]:
             continue
         if not (hasattr(module, "is_transposed") and hasattr(module, "is_concatenated")):
             continue
+        if not getattr(module, "has_gate", True) or getattr(module, "has_post_expert_norm", False):
+            continue
         transposed = bool(module.is_transposed)
         num_experts, *shape = gate_up.shape  # [E, 2·intermediate, hidden], the last two swapped where transposed
         hidden, doubled = shape if transposed else reversed(shape)

@@ -1,12 +1,12 @@
-"""Fused experts and routers of a model, swapped by class, for the tokens of adapters that change them.
+"""Where a model's experts and routers learn which tokens of the step have adapters that change them.
 
-An expert's two products are not linear in each other, so a token of several adapters is computed once, with all of
-them. A router's pair is added to its logits before it chooses: transformers' own code runs, reading `F.linear` from
-here. Knows which pool row an adapter begins at, and nothing of requests.
+An expert's two products are not linear in each other, so a token of several adapters is computed with all of them at
+once (lora_experts.py). A router's pair is added to its logits before it chooses: transformers' own code runs, reading
+`F.linear` from here; its class is swapped. Knows which pool row an adapter begins at, and nothing of requests.
 """
 
-from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -19,55 +19,42 @@ from adapters.adapter_extras import ExpertPairs
 from adapters.class_swap import STATE
 from adapters.host_call import host_call
 from adapters.hosted_rows import blend
-from adapters.lora_experts import experts_with_pairs
 from adapters.lora_model import LoRAWeights
 from adapters.lora_step import Step
 from adapters.ops import product
 from adapters.staged_extras import StagedExtras
 from adapters.step_features import StepFeature
 
-Mix = tuple[tuple[int, float], ...]
-"""Adapters by first pool row, each with its weight, as one token has them."""
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertsPart:
+    """What an adapter with one weight adds for some tokens."""
+
+    weight: float
+    pairs: ExpertPairs
+    tokens: Tensor  # int64, no two alike
 
 
 class ExpertsSite:
-    def __init__(self, step: Step, module: nn.Module, forward: Callable[..., Tensor]) -> None:
+    def __init__(self, step: Step) -> None:
         self.step = step
-        self.forward = forward  # without adapters
         self.table: dict[int, ExpertPairs] = {}  # by first pool row
-        self._module = module
 
-    def apply(self, extras: StagedExtras, y: Tensor, x: Tensor, index: Tensor, weights: Tensor) -> None:
-        """y [T, hidden] is the base's output for x [T, hidden], `index` and `weights` [T, k] the router's choice."""
+    @property
+    def extras(self) -> StagedExtras | None:
+        """Of the step under way, when they have to do with experts."""
+        extras = self.step.extras
+        return extras if extras is not None and extras.features & StepFeature.EXPERTS and self.table else None
+
+    def parts(self, extras: StagedExtras, x: Tensor) -> list[ExpertsPart]:
+        """Of the tokens x [num_tokens, hidden]."""
         if len(x) != extras.num_tokens:
             raise RuntimeError(f"experts met {len(x)} tokens in a step of {extras.num_tokens}")
-        for mix, tokens in self._tokens_by_mix(extras).items():
-            rows = torch.tensor(tokens, device=x.device)
-            parts = [(weight, self.table[start]) for start, weight in mix]
-            y[rows] = experts_with_pairs(self._module, x[rows], index[rows], weights[rows], parts).to(y.dtype)
-
-    def _tokens_by_mix(self, extras: StagedExtras) -> dict[Mix, list[int]]:
-        mixes: defaultdict[int, list[tuple[int, float]]] = defaultdict(list)
-        for part in extras.batch.tokens:
-            if part.start in self.table:
-                for token in part.rows.tolist():
-                    mixes[token].append((part.start, part.weight))
-        tokens: defaultdict[Mix, list[int]] = defaultdict(list)
-        for token, mix in sorted(mixes.items()):
-            tokens[tuple(mix)].append(token)
-        return tokens
-
-
-class LoRAExperts(nn.Module):
-    """Mixed in before the class of fused experts."""
-
-    def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        site: ExpertsSite = self.__dict__[STATE]
-        y = site.forward(x, top_k_index, top_k_weights)
-        extras = site.step.extras
-        if extras is not None and extras.features & StepFeature.EXPERTS and site.table:
-            host_call(partial(site.apply, extras), y, x, top_k_index, top_k_weights)
-        return y
+        return [
+            ExpertsPart(part.weight, self.table[part.start], torch.from_numpy(part.rows).to(x.device))
+            for part in extras.batch.tokens
+            if part.start in self.table
+        ]
 
 
 class RouterSite:
@@ -77,6 +64,7 @@ class RouterSite:
         self.step = step
         self.forward = forward
         self.table: dict[int, LoRAWeights] = {}  # by first pool row
+        self.is_tiled = module.get_parameter("weight").device.type == "cpu"
         self.adapted = self._with_our_linear(module, forward)
 
     def _with_our_linear(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,12 +78,22 @@ class RouterSite:
         return partial(again, module)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [T, hidden] → logits [T, E], with the step's deltas."""
-        y = functional.linear(x, weight, bias)
-        extras = self.step.extras
-        assert extras is not None
-        host_call(partial(self._apply, extras), y, x)
+        """x [T, hidden] → logits [T, E], with the step's deltas; on the CPU to the same bits whatever T is."""
+        extras = self.extras
+        if self.is_tiled:
+            y = x.new_empty(*x.shape[:-1], len(weight))
+            host_call(_multiply_alone, y, x, weight, *([] if bias is None else [bias]))
+        else:
+            y = functional.linear(x, weight, bias)
+        if extras is not None:
+            host_call(partial(self._apply, extras), y, x)
         return y
+
+    @property
+    def extras(self) -> StagedExtras | None:
+        """Of the step under way, when they have to do with routers."""
+        extras = self.step.extras
+        return extras if extras is not None and extras.features & StepFeature.EXPERTS and self.table else None
 
     def _apply(self, extras: StagedExtras, y: Tensor, x: Tensor) -> None:
         if len(x) != extras.num_tokens:
@@ -115,9 +113,13 @@ class LoRARouter(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         site: RouterSite = self.__dict__[STATE]
-        extras = site.step.extras
-        is_needed = extras is not None and extras.features & StepFeature.EXPERTS and site.table
-        return site.adapted(x) if is_needed else site.forward(x)
+        return site.adapted(x) if site.is_tiled or site.extras is not None else site.forward(x)
+
+
+def _multiply_alone(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """y [..., out] = x [..., in] · weight [out, in]ᵀ + bias, each row by itself."""
+    found = product(x.reshape(-1, x.shape[-1]), weight)
+    y.copy_((found if bias is None else found + bias).view_as(y))
 
 
 def calls_linear(module: nn.Module) -> bool:

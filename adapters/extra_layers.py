@@ -1,8 +1,9 @@
 """Everything in a base model that adapters change beside the low-rank deltas of linears, and where resident adapters'
 numbers for it stand.
 
-Norms, embedding, head, experts and routers are swapped by class, as linears are (class_swap.py); linears ask their
-group. An adapter is known by the first of its pool rows. Knows nothing of requests, versions or eviction.
+Norms, embedding, head and routers are swapped by class, as linears are (class_swap.py); linears ask their group, and
+experts what was bound to them (lora_experts.py). An adapter is known by the first of its pool rows. Knows nothing of
+requests, versions or eviction.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 
 from adapters.applied_extras import AppliedExtras
 from adapters.class_swap import own_forward, swap
-from adapters.expert_sites import ExpertsSite, LoRAExperts, LoRARouter, RouterSite
+from adapters.expert_sites import ExpertsSite, LoRARouter, RouterSite
 from adapters.extras_batch import ExtrasBatch, IntArray
 from adapters.group_extras import GroupExtras
 from adapters.lora_batch import LoRABatch
 from adapters.lora_embedding import EmbeddingSite, LoRAEmbedding
+from adapters.lora_experts import FusedExperts, bound_experts
 from adapters.lora_head import HeadSite, LoRAHead
 from adapters.lora_norm import LoRANorm, NormSite
 from adapters.lora_step import Step
@@ -44,10 +46,7 @@ class ExtraLayers:
         self._norms = {name: self._norm_site(name) for name in base.norms}
         self._embedding = self._embedding_site()
         self._head = self._head_site()
-        self._experts = {
-            name: ExpertsSite(step, experts, own_forward(experts))
-            for name, experts in ((name, model.get_submodule(name)) for name in base.experts)
-        }
+        self._experts = {name: (_fused(model, name), ExpertsSite(step)) for name in base.experts}
         self._routers = {
             name: RouterSite(step, router, own_forward(router))
             for name, router in ((name, model.get_submodule(name)) for name in base.routers)
@@ -70,8 +69,8 @@ class ExtraLayers:
             swap(self._model.get_submodule(self._base.embedding.name), LoRAEmbedding, self._embedding)
         if self._head is not None and self._base.head is not None:
             swap(self._model.get_submodule(self._base.head.name), LoRAHead, self._head)
-        for name, experts in self._experts.items():
-            swap(self._model.get_submodule(name), LoRAExperts, experts)
+        for fused, experts in self._experts.values():
+            fused.site = experts
         for name, router in self._routers.items():
             swap(self._model.get_submodule(name), LoRARouter, router)
 
@@ -94,7 +93,7 @@ class ExtraLayers:
         if self._head is not None and applied.head is not None:
             self._head.table[start] = applied.head
         for name, pairs in applied.experts.items():
-            self._experts[name].table[start] = pairs
+            self._experts[name][1].table[start] = pairs
         for name, pair in applied.routers.items():
             self._routers[name].table[start] = pair
         self._applied[start] = applied
@@ -155,7 +154,7 @@ class ExtraLayers:
 
     def _hosted(self) -> list[dict[int, Any]]:
         """The tables of what is computed in plain torch."""
-        tables: list[dict[int, Any]] = [site.table for site in self._experts.values()]
+        tables: list[dict[int, Any]] = [site.table for _, site in self._experts.values()]
         tables += [site.table for site in self._routers.values()]
         tables += [self._embedding.table] if self._embedding is not None else []
         return [*tables, *([self._head.table] if self._head is not None else [])]
@@ -179,3 +178,10 @@ class ExtraLayers:
             return None
         head = self._model.get_submodule(shape.name)
         return HeadSite(self._step, own_forward(head), shape, head._parameters.get("bias"))
+
+
+def _fused(model: nn.Module, name: str) -> FusedExperts:
+    found = bound_experts(model.get_submodule(name))
+    if found is None:
+        raise ValueError(f"{name} has experts that were not bound: adapters would not reach them")
+    return found

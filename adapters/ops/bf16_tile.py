@@ -1,4 +1,4 @@
-"""Up to 12 rows of bfloat16 times a matrix 32 columns wide, the inner loop of every product we compute ourselves.
+"""Up to 12 rows of bfloat16 or float32 times a matrix 32 columns wide, the inner loop of every product of ours.
 
 The instruction VDPBF16PS multiplies 16 pairs of bfloat16 and adds each pair to one of 16 float32 sums. 12 rows of two
 registers of sums, two registers of weights and one of x fill the 32 registers there are; the weights stream past once
@@ -15,7 +15,8 @@ import numba.extending
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 
-from adapters.ops.bf16_dot import PAIRS, BFloat, declare, declare_dot, is_supported
+from adapters.ops.bf16_dot import PAIRS, declare, is_supported
+from adapters.ops.tile_element import BFLOAT16, FLOAT32, TileElement
 
 WIDTH = 32
 """Columns: two registers of 16 float32 sums."""
@@ -32,7 +33,6 @@ ahead ends with each page of 4 KiB, and starts anew with each panel."""
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _SUMS = ir.VectorType(ir.FloatType(), 16)
 _LANES = ir.VectorType(_I32, 16)
-_NARROW = ir.VectorType(BFloat(), 16)
 _BITS = ir.VectorType(_I16, 16)
 _ROW = ir.VectorType(_I16, WIDTH)
 _HALVES = WIDTH // 16
@@ -63,29 +63,68 @@ def multiply_packed(
     """
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        num_rows, num_panels, x, x_stride, weight, num_pairs, bias, y, y_stride, following = args
-
-        def emit(count: int, panels: int) -> None:
-            registers = panels * _HALVES
-            arrays = [_row(builder, weight, builder.mul(num_pairs, _int(_BYTES_PER_PAIR)), n) for n in range(panels)]
-
-            def start(_y: Any) -> list[Any]:
-                return [_load(builder, _at(builder, bias, _SUMS), number, align=4) for number in range(registers)]
-
-            def weights(pair: Any) -> list[Any]:
-                offset = _offset_ahead(builder, pair, num_pairs, following)
-                for array in arrays:
-                    _fetch(builder, builder.add(array, offset))
-                return [_packed_pairs(builder, array, pair, half) for array in arrays for half in range(_HALVES)]
-
-            _emit(builder, count, registers, x, x_stride, num_pairs, y, y_stride, start, weights)
-
-        cases = {(count, panels): partial(emit, count, panels) for count, panels in _counts()}
-        code = builder.add(builder.mul(num_panels, _int(MAX_ROWS + 1)), num_rows)
-        _switch(builder, code, {panels * (MAX_ROWS + 1) + count: case for (count, panels), case in cases.items()})
+        _multiply_packed(builder, BFLOAT16, *args)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 10), generate
+
+
+@_intrinsic
+def multiply_packed_float32(
+    _typing: Any,
+    num_rows: Any,
+    num_panels: Any,
+    x: Any,
+    x_stride: Any,
+    weight: Any,
+    num_inputs: Any,
+    bias: Any,
+    y: Any,
+    y_stride: Any,
+    following: Any,
+) -> Any:
+    """`multiply_packed` of float32: weight [num_panels, num_inputs, 32]."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        _multiply_packed(builder, FLOAT32, *args)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 10), generate
+
+
+def _multiply_packed(
+    builder: Any,
+    element: TileElement,
+    num_rows: Any,
+    num_panels: Any,
+    x: Any,
+    x_stride: Any,
+    weight: Any,
+    num_pairs: Any,
+    bias: Any,
+    y: Any,
+    y_stride: Any,
+    following: Any,
+) -> None:
+    def emit(count: int, panels: int) -> None:
+        registers = panels * _HALVES
+        arrays = [_row(builder, weight, builder.mul(num_pairs, _int(_BYTES_PER_PAIR)), n) for n in range(panels)]
+
+        def start(_y: Any) -> list[Any]:
+            return [_load(builder, _at(builder, bias, _SUMS), number, align=4) for number in range(registers)]
+
+        def weights(pair: Any) -> list[Any]:
+            offset = _offset_ahead(builder, pair, num_pairs, following)
+            for array in arrays:
+                _fetch(builder, builder.add(array, offset))
+            halves = [(array, half) for array in arrays for half in range(_HALVES)]
+            return [_packed_pairs(builder, array, pair, half, element) for array, half in halves]
+
+        _emit(builder, element, count, registers, x, x_stride, num_pairs, y, y_stride, start, weights)
+
+    cases = {(count, panels): partial(emit, count, panels) for count, panels in _counts()}
+    code = builder.add(builder.mul(num_panels, _int(MAX_ROWS + 1)), num_rows)
+    _switch(builder, code, {panels * (MAX_ROWS + 1) + count: case for (count, panels), case in cases.items()})
 
 
 def panels_at_once(num_rows: int) -> int:
@@ -130,7 +169,7 @@ def add_product(
             return [builder.bitcast(_interleave(builder, even, odd, half), PAIRS) for half in range(_HALVES)]
 
         def emit(count: int) -> None:
-            _emit(builder, count, _HALVES, x, x_stride, num_pairs, y, y_stride, start, weights)
+            _emit(builder, BFLOAT16, count, _HALVES, x, x_stride, num_pairs, y, y_stride, start, weights)
 
         _switch(builder, num_rows, {count: partial(emit, count) for count in range(1, MAX_ROWS + 1)})
         return context.get_dummy_value()
@@ -153,6 +192,7 @@ def _switch(builder: Any, value: Any, cases: dict[int, Callable[[], None]]) -> N
 
 def _emit(
     builder: Any,
+    element: TileElement,
     count: int,
     registers: int,
     x: Any,
@@ -172,11 +212,11 @@ def _emit(
     builder.position_at_end(loop)
     pair = builder.phi(_I64)
     sums = [[builder.phi(_SUMS) for _ in range(registers)] for _ in range(count)]
-    here, dot = weights(pair), declare_dot(builder)
+    here, dot = weights(pair), element.declare_dot(builder)
     added = []
     for r in range(count):
-        spread = builder.bitcast(_spread(builder, _load(builder, x_rows[r], pair, align=2)), PAIRS)
-        added.append([builder.call(dot, [sums[r][half], spread, here[half]]) for half in range(registers)])
+        spread = builder.bitcast(_spread(builder, _load(builder, x_rows[r], pair, align=2)), element.lanes)
+        added.append([element.dot(builder, dot, sums[r][half], spread, here[half]) for half in range(registers)])
     following = builder.add(pair, _int(1))
     builder.cbranch(builder.icmp_signed("<", following, num_pairs), loop, after)
     pair.add_incoming(_int(0), before)
@@ -186,18 +226,14 @@ def _emit(
             sums[r][half].add_incoming(starts[r][half], before)
             sums[r][half].add_incoming(added[r][half], loop)
     builder.position_at_end(after)
-    narrow = declare(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.FunctionType(_NARROW, [_SUMS]))
     for r in range(count):
-        out = _at(builder, y_rows[r], _NARROW)
-        for half in range(registers):
-            rounded = builder.call(narrow, [added[r][half]])
-            builder.store(rounded, builder.gep(out, [_int(half)]), align=2)
+        element.store(builder, added[r], y_rows[r])
 
 
-def _packed_pairs(builder: Any, panel: Any, pair: Any, half: int) -> Any:
+def _packed_pairs(builder: Any, panel: Any, pair: Any, half: int, element: TileElement) -> Any:
     """Half the weights of one pair of inputs."""
     number = builder.add(builder.mul(pair, _int(_HALVES)), _int(half))
-    return builder.bitcast(_load(builder, _at(builder, panel, _LANES), number, align=64), PAIRS)
+    return builder.bitcast(_load(builder, _at(builder, panel, _LANES), number, align=64), element.lanes)
 
 
 def _offset_ahead(builder: Any, pair: Any, num_pairs: Any, following: Any) -> Any:

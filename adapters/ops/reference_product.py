@@ -4,16 +4,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_BLOCK = 8  # rows that are multiplied at once in bfloat16
+_BLOCK = 8  # rows that are multiplied at once
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x [num_rows, in] · weight [out, in]ᵀ, float32 [num_rows, out]; both of one dtype.
 
-    In bfloat16 as many rows at once however many there are, since torch's sums depend on that.
+    As many rows at once however many there are, since torch's sums depend on that.
     """
-    if weight.dtype is torch.float32:
-        return x.float() @ weight.T
     num_rows = len(x)
     padded = x.new_zeros(-(-num_rows // _BLOCK) * _BLOCK, x.shape[1])
     padded[:num_rows] = x

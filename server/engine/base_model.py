@@ -21,6 +21,7 @@ from adapters.base_weights import BaseWeights
 from adapters.module_names import BaseModules
 from adapters.shared_inputs import SharedInputs
 from server.config import ModelConfig
+from server.engine import experts
 from server.engine.attention import select_backend
 from server.engine.attention.interface import ATTENTION_NAME, KVLayer, LayerBinding, StepContext, attention, bind
 from server.engine.kv_cache import KVShape
@@ -86,6 +87,8 @@ def load_base_model(folder: Path, name: str, settings: ModelConfig) -> BaseModel
     max_model_len = _max_model_len(name, config, settings.max_model_len)
     _pin_rope(model, max_model_len)
     modules = outline_of(model)
+    bound = experts.bind(model, modules.experts)
+    modules = replace(modules, experts={name: shape for name, shape in modules.experts.items() if name in bound})
     shared_inputs = SharedInputs()
     with shared_inputs.watching({name: model.get_submodule(name) for name in modules.linears}):
         shapes, attention_layers = _discover_attention(model, name)

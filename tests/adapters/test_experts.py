@@ -21,7 +21,8 @@ from transformers import (
 from adapters.adapter_extras import ExpertPair, ExpertPairs
 from adapters.base_parts import ExpertsShape
 from adapters.expert_layout import Projection, fused_pair, joined, product_of, side_of_a
-from adapters.lora_experts import experts_with_pairs
+from adapters.expert_sites import ExpertsPart
+from adapters.lora_experts import FusedExperts, PlainProduct
 
 E, K, H, M = 4, 2, 32, 24  # experts, of which a token has k, hidden and intermediate sizes
 COMMON: dict[str, Any] = {
@@ -58,6 +59,13 @@ def fresh(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
 
 def experts_of(model: nn.Module) -> Any:
     return next(module for name, module in model.named_modules() if name.endswith("mlp.experts"))
+
+
+def experts_with_pairs(
+    stock: nn.Module, x: Tensor, index: Tensor, weights: Tensor, parts: list[tuple[float, ExpertPairs]]
+) -> Tensor:
+    fused = FusedExperts(stock, PlainProduct(stock, "gate_up_proj"), PlainProduct(stock, "down_proj"))
+    return fused.run(x, index, weights, [ExpertsPart(w, pairs, torch.arange(len(x))) for w, pairs in parts])
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:

@@ -90,9 +90,9 @@ class AffineStaging:
         weights = views["entry_weights"].view(torch.float32)
         return GPUAffineBatch(caps=caps, **{**views, "entry_weights": weights})
 
-    def stage(self, step: AffineStep, device: torch.device) -> GPUAffineBatch:
-        """A step of its own size, in a buffer and a copy of its own."""
-        caps = self.exact(step)
+    def stage(self, step: AffineStep, device: torch.device, caps: AffineCaps | None = None) -> GPUAffineBatch:
+        """A step in a buffer and a copy of its own, of its own size unless `caps` say another."""
+        caps = caps or self.exact(step)
         words = self.layout(caps)
         buffer = torch.empty(sum(words.values()), dtype=torch.int32, pin_memory=device.type == "cuda")
         parts = buffer.split(list(words.values()))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from adapters.adapter_ref import AdapterVersion
 from adapters.applied_extras import AppliedExtras, applied
 from adapters.class_swap import own_forward, swap
-from adapters.device_room import DeviceSizes
+from adapters.device_sizes import DeviceSizes
 from adapters.extra_layers import ExtraLayers
 from adapters.host_memory import HostMemory
 from adapters.lora_group import GroupLoRA, LoRALinear, ModuleLoRA

@@ -84,6 +84,10 @@ class AdapterExtras:
     def tensors(self) -> Iterator[Tensor]:
         for table in (self.gains, self.input_scales, self.biases, self.norms):
             yield from table.values()
+        yield from self._whole_tensors()
+
+    def _whole_tensors(self) -> Iterator[Tensor]:
+        """Those that the layers apply as they are."""
         for part in (self.embedding, self.head):
             if part is not None:
                 rows = () if part.rows is None else (part.rows.ids, part.rows.values)
@@ -99,15 +103,34 @@ class AdapterExtras:
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors and files."""
+        """Of all tensors and files, and of the vectors that the layers make when it is loaded."""
         in_files = sum(map(len, self.tokenizer_files.values()))
-        return in_files + sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+        return in_files + sum(map(_num_bytes, self.tensors())) + self._num_vector_bytes
+
+    @property
+    def num_applied_bytes(self) -> int:
+        """Of what the layers apply."""
+        return sum(map(_num_bytes, self._whole_tensors())) + self._num_vector_bytes
+
+    @property
+    def _num_vector_bytes(self) -> int:
+        """Two vectors for all outputs that are scaled, shifted or a replaced norm's, one for scaled inputs: float32, in
+        whole pieces of 16 bytes (applied_extras.py). A norm that is computed anew takes no more."""
+        outputs = {**self.biases, **self.gains}
+        norms = {name.rpartition(".")[0]: parameter for name, parameter in self.norms.items()}
+        counts = [2 * vector.numel() for vector in (*outputs.values(), *norms.values())]
+        counts += [vector.numel() for vector in self.input_scales.values()]
+        return sum(-(-count // 4) * 16 for count in counts)
 
     def __bool__(self) -> bool:
         """Whether there is anything that a plain adapter does not have."""
         return any(True for _ in self.tensors()) or bool(
             self.invocation_tokens or self.tokenizer_files or self.replaced
         )
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 NO_EXTRAS = AdapterExtras()

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from adapters.adapter_ref import AdapterUse, AdapterVersion
+from adapters.device_room import DeviceNeed, DeviceRoom
 from adapters.errors import AdapterCapacity
 from adapters.lora_model import LoRAModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterFacts:
-    num_rows: int = 1  # of the pools
+    need: DeviceNeed = DeviceNeed()
     vocab_size: int | None = None  # None = the base's
     invocation_tokens: tuple[int, ...] = ()
     replaced: frozenset[str] = frozenset()
@@ -28,11 +29,11 @@ class AdapterFacts:
 NO_FACTS = AdapterFacts()
 
 
-def facts_of(model: LoRAModel, num_rows: int) -> AdapterFacts:
-    """`num_rows`: what LoRALayers.rows_of says it takes."""
+def facts_of(model: LoRAModel, need: DeviceNeed) -> AdapterFacts:
+    """`need`: what LoRALayers.sizes says it takes."""
     extras = model.extras
     return AdapterFacts(
-        num_rows=num_rows,
+        need=need,
         vocab_size=extras.vocab_size,
         invocation_tokens=extras.invocation_tokens,
         replaced=extras.replaced,
@@ -56,17 +57,24 @@ def _within(rows: frozenset[str], wholes: frozenset[str]) -> set[str]:
 
 
 def check_device_room(
-    uses: Sequence[AdapterUse], facts: Mapping[AdapterVersion, AdapterFacts], num_rows: int, max_loras: int | None
+    uses: Sequence[AdapterUse], facts: Mapping[AdapterVersion, AdapterFacts], room: DeviceRoom
 ) -> None:
-    """Raises AdapterCapacity of adapters that do not fit into pools of `num_rows` ranks together, not even alone."""
-    wanted = sum(facts[use.version].num_rows for use in uses)
-    if wanted > num_rows:
+    """Raises AdapterCapacity of adapters that do not fit on the device together, not even with nobody else there."""
+    wanted = sum(facts[use.version].need.num_rows for use in uses)
+    if wanted > room.num_rows:
         raise AdapterCapacity(
-            f"the {len(uses)} adapters of this request take {wanted} ranks together, and all pools hold {num_rows}; "
-            "name fewer, or restart with a larger --lora-memory"
+            f"the {len(uses)} adapters of this request take {wanted} ranks together, and all pools hold "
+            f"{room.num_rows}; name fewer, or restart with a larger --lora-memory"
         )
-    if max_loras is not None and len(uses) > max_loras:
+    if room.max_loras is not None and len(uses) > room.max_loras:
         raise AdapterCapacity(
-            f"this request names {len(uses)} adapters and one step holds {max_loras}; name fewer, or restart with a "
-            "larger --max-loras"
+            f"this request names {len(uses)} adapters and one step holds {room.max_loras}; name fewer, or restart with "
+            "a larger --max-loras"
+        )
+    extra_bytes = sum(facts[use.version].need.num_extra_bytes for use in uses)
+    if room.max_extra_bytes is not None and extra_bytes > room.max_extra_bytes:
+        raise AdapterCapacity(
+            f"the {len(uses)} adapters of this request take {extra_bytes} bytes of the device together beside their "
+            f"pairs, over lora_extras_memory={room.max_extra_bytes}; name fewer, or restart with a larger "
+            "--lora-extras-memory"
         )

@@ -22,6 +22,7 @@ from adapters.base_parts import NormShape
 from adapters.expert_layout import product_of
 from adapters.lora_model import LoRAModel, LoRAWeights
 from adapters.module_names import BaseModules
+from adapters.ops.affine_interface import ALIGNMENT
 from adapters.step_features import NO_FEATURES, StepFeature
 from adapters.to_device import moved
 
@@ -256,9 +257,14 @@ def _wide(head: AppliedHead | None, base: BaseModules) -> int | None:
 
 
 def _packed(tensors: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:
-    """Copies on `device`, in one tensor, so that there is one transfer."""
+    """Copies on `device`, in one tensor, so that there is one transfer; each begins where the affine kernels ask."""
     if not tensors:
         return MappingProxyType({})
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors.values()]).to(device)
-    parts = flat.split([tensor.numel() for tensor in tensors.values()])
-    return MappingProxyType({n: p.view(t.shape) for (n, t), p in zip(tensors.items(), parts, strict=True)})
+    padded = [_padded(tensor) for tensor in tensors.values()]
+    parts = torch.cat(padded).to(device).split([len(each) for each in padded])
+    return MappingProxyType({n: p[: t.numel()].view(t.shape) for (n, t), p in zip(tensors.items(), parts, strict=True)})
+
+
+def _padded(tensor: Tensor) -> Tensor:
+    """[num_elements or a few more], so that what follows it is aligned."""
+    return nn.functional.pad(tensor.reshape(-1), (0, -tensor.numel() % (ALIGNMENT // tensor.element_size())))

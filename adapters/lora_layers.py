@@ -6,7 +6,7 @@ one input share one operation (lora_group.py). What adapters change beside linea
 nothing of requests, versions or eviction: row ranges come from outside.
 """
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from adapters.adapter_ref import AdapterVersion
 from adapters.applied_extras import AppliedExtras, applied
 from adapters.class_swap import own_forward, swap
+from adapters.device_sizes import DeviceSizes
 from adapters.extra_layers import ExtraLayers
 from adapters.host_memory import HostMemory
 from adapters.lora_group import GroupLoRA, LoRALinear, ModuleLoRA
@@ -45,6 +46,7 @@ class LoRALayers:
         self._step = Step()
         self._written: dict[int, _Written] = {}  # first row → the adapter whose numbers stand there
         device = next(iter(linears.values())).get_parameter("weight").device
+        self.sizes = DeviceSizes(frozenset(self._shapes), has_own_memory=device.type != "cpu")
         self._ranks = torch.zeros(len(linears), num_rows, dtype=torch.int32, device=device)  # those of all groups
         self._places: WeakKeyDictionary[PackedLayout, PoolPlaces] = WeakKeyDictionary()
         self.extras = ExtraLayers(model, base, self._step, list(linears), num_rows, select_affine(device))
@@ -69,22 +71,20 @@ class LoRALayers:
         """All A and B pools."""
         return [pool for group in self._groups for pool in (group.pools.a_pool, *group.pools.b_pools)]
 
-    def rows_of(self, model: LoRAModel) -> int:
-        return rows_of(model, self._shapes)
-
     def applied(self, model: LoRAModel) -> AppliedExtras | None:
         """What `write` is to be given for an adapter, beside itself. ValueError when it does not fit the base."""
         return applied(model, self._model, self._base)
 
     def write(self, start: int, model: LoRAModel, extras: AppliedExtras | None = None) -> None:
-        """Copy an adapter into rows [start, start + rows_of(model)) of every module's pools, over whatever was there.
+        """Copy an adapter into the rows of every module's pools from `start` on, as many as `sizes` says, over whatever
+        was there.
 
         `extras` is what `applied` gave for it, which is asked where it is None. ValueError, and nothing written, when a
         module is not one of the base's, a shape differs, or the rows end beyond the pools.
         """
         packed = PackedModules.of(model.modules)
         places = self._places_of(packed.layout, model.version)
-        num_rows = self.rows_of(model)
+        num_rows = self.sizes.need_of(model).num_rows
         if start < 0 or start + num_rows > self.num_rows:
             raise ValueError(f"rows [{start}, {start + num_rows}) are outside pools of {self.num_rows} rows")
         extras = extras or self.applied(model)
@@ -191,14 +191,6 @@ class LoRALayers:
 class _Written:
     model: LoRAModel
     num_rows: int
-
-
-def rows_of(model: LoRAModel, pooled: Container[str]) -> int:
-    """Pool rows that an adapter takes: its widest rank in a module with pools, one at least, which stands for it."""
-    if all(name in pooled for name in model.modules):
-        return max(1, model.lora_rank)
-    ranks = (weights.lora_rank for name, weights in model.modules.items() if name in pooled)
-    return max([1, *ranks])
 
 
 def pooled_linears(base: BaseModules) -> Mapping[str, LinearShape]:

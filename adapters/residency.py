@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from adapters.adapter_ref import AdapterUse, AdapterVersion
 from adapters.applied_extras import AppliedExtras
+from adapters.device_room import DeviceNeed
 from adapters.errors import AdapterCapacity
 from adapters.host_cache import HostCache
 from adapters.lora_batch import RowRanges
@@ -21,7 +22,7 @@ from adapters.row_range_pool import RowRangePool
 class _Form:
     """What the layers make of an adapter when it is loaded."""
 
-    num_rows: int  # of the pools
+    need: DeviceNeed
     extras: AppliedExtras | None
 
 
@@ -40,14 +41,19 @@ class AdapterResidency:
 
     def load(self, model: LoRAModel) -> None:
         """Take a checked adapter into host memory; AdapterCapacity when it fits there or in the pools not at all."""
-        num_rows = self.layers.rows_of(model)
-        if num_rows > self.pool.num_rows:
+        need, room = self.layers.sizes.need_of(model), self.pool.room
+        if need.num_rows > room.num_rows:
             raise AdapterCapacity(
-                f"the adapter has rank {num_rows} and all pools together hold {self.pool.num_rows} ranks; "
+                f"the adapter has rank {need.num_rows} and all pools together hold {room.num_rows} ranks; "
                 "restart with a larger --lora-memory"
             )
+        if room.max_extra_bytes is not None and need.num_extra_bytes > room.max_extra_bytes:
+            raise AdapterCapacity(
+                f"the adapter takes {need.num_extra_bytes} bytes of the device beside its pairs, over "
+                f"lora_extras_memory={room.max_extra_bytes}; restart with a larger --lora-extras-memory"
+            )
         if model.version not in self._forms:
-            form = _Form(num_rows, self.layers.applied(model))
+            form = _Form(need, self.layers.applied(model))
             self.host.put(model)
             self._forms[model.version] = form
 
@@ -74,11 +80,14 @@ class AdapterResidency:
             self.pool.count_use(use.version)
 
     def pin(self, uses: tuple[AdapterUse, ...]) -> bool:
-        """Make every adapter of a request resident for this step; False when the pools have no room left for them."""
-        return all(self.pool.pin(use.version, self._form(use.version).num_rows) for use in uses)
+        """Make every adapter of a request resident for this step; False when the device has no room left for them."""
+        needs = ((use.version, self._form(use.version).need) for use in uses)
+        return all(self.pool.pin(version, need.num_rows, need.num_extra_bytes) for version, need in needs)
 
     def activate(self) -> None:
         """Copy what was pinned but is not yet in the pools; after the last pin, before every forward pass."""
+        for freed in self.pool.take_freed():  # first, so that what comes finds the memory of what left
+            self.layers.clear(freed.start, freed.length)
         pending = self.pool.take_pending()
         try:
             for version, row_range in pending:

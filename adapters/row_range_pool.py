@@ -1,10 +1,11 @@
-"""Which rows of the device pools each adapter version holds. Integers only: knows no tensors and copies nothing.
+"""Which rows of the device pools each adapter version holds, within a budget of bytes that they take beside them.
+Integers only: knows no tensors and copies nothing.
 
 A version of rank r holds r consecutive rows, the same in every module's pool. `pin` makes a version resident for the
 step under way: first fit among the holes, then by evicting versions not pinned this step (those worth least, as few as
 a hole of that size takes), at last by moving pinned ranges together, as few rows as can be. So a pin succeeds exactly
-when the rows pinned this step and the new ones fit together. Data follows through `take_pending`, before the forward
-pass.
+when the rows pinned this step and the new ones fit together, and the bytes beside them do. Data follows through
+`take_freed` and `take_pending`, before the forward pass.
 
 Worth most is what waiting requests need, then what was used most, counting lately begun requests: a long answer is one
 use. Among equals the one pinned last goes first, since of a cycle one version longer than the pool, dropping the oldest
@@ -16,6 +17,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from adapters.adapter_ref import AdapterVersion
+from adapters.device_room import DeviceRoom
 from adapters.use_counts import UseCounts
 
 
@@ -35,19 +37,30 @@ _Worth = tuple[bool, int, int]  # is needed, uses, steps since another was pinne
 
 
 class RowRangePool:
-    def __init__(self, num_rows: int, *, max_loras: int | None = None) -> None:
-        """`max_loras` caps the versions pinned in one step; None leaves the rows as the only limit."""
+    def __init__(self, num_rows: int, *, max_loras: int | None = None, max_extra_bytes: int | None = None) -> None:
+        """`max_loras` caps the versions pinned in one step, `max_extra_bytes` what all that hold rows take beside them;
+        None leaves the rows as the only limit."""
         if num_rows < 1 or (max_loras is not None and max_loras < 1):
             raise ValueError(f"a row-range pool of {num_rows} rows and max_loras={max_loras}: both must be positive")
-        self.num_rows = num_rows
-        self.max_loras = max_loras
+        self.room = DeviceRoom(num_rows=num_rows, max_loras=max_loras, max_extra_bytes=max_extra_bytes)
         self._free = [RowRange(0, num_rows)]  # by start; no two adjacent
         self._ranges: dict[AdapterVersion, RowRange] = {}  # the longest unpinned first
+        self._extra_bytes: dict[AdapterVersion, int] = {}  # of those with a range
         self._pinned: set[AdapterVersion] = set()
         self._needed: frozenset[AdapterVersion] = frozenset()  # by requests that wait
         self._uses = UseCounts()
         self.num_evictions = 0  # versions that lost their rows to others
         self._pending: dict[AdapterVersion, None] = {}  # ranges whose rows are still to be written
+        self._freed: list[RowRange] = []  # left by eviction or a move; what is written there is still to be forgotten
+
+    @property
+    def num_rows(self) -> int:
+        return self.room.num_rows
+
+    @property
+    def num_extra_bytes(self) -> int:
+        """Bytes that the versions with a range take beside it."""
+        return sum(self._extra_bytes.values())
 
     @property
     def versions(self) -> tuple[AdapterVersion, ...]:
@@ -68,20 +81,21 @@ class RowRangePool:
         """A request began to use a version: what is used often stays."""
         self._uses.add(version, num_kept=len(self._ranges))
 
-    def pin(self, version: AdapterVersion, lora_rank: int) -> bool:
+    def pin(self, version: AdapterVersion, lora_rank: int, num_extra_bytes: int = 0) -> bool:
         """Make `version` resident for this step; False when it does not fit beside the versions already pinned.
 
         May move ranges, pinned ones too: ask `range_of` after the last pin of a step.
         """
-        self._check_rank(version, lora_rank)
+        self._check_need(version, lora_rank, num_extra_bytes)
         if version in self._pinned:
             return True
-        if self.max_loras is not None and len(self._pinned) >= self.max_loras:
+        if self.room.max_loras is not None and len(self._pinned) >= self.room.max_loras:
             return False
         if version not in self._ranges:
-            if not self._make_room(lora_rank):
+            if not self._make_room(lora_rank, num_extra_bytes):
                 return False
             self._ranges[version] = self._take_first_fit(lora_rank)
+            self._extra_bytes[version] = num_extra_bytes
             self._pending[version] = None
         self._ranges[version] = self._ranges.pop(version)  # now the last pinned
         self._pinned.add(version)
@@ -97,17 +111,25 @@ class RowRangePool:
         self._pending.clear()
         return pending
 
+    def take_freed(self) -> list[RowRange]:
+        """The ranges that versions lost or were moved from since the last call. Whatever else stands there by now is
+        pending: forget what they held before that is written."""
+        freed, self._freed = self._freed, []
+        return freed
+
     def drop(self, version: AdapterVersion) -> RowRange | None:
         """Free the rows of a version and say which they were; None when it held none."""
         freed = self._ranges.pop(version, None)
         if freed is not None:
             self._pinned.discard(version)
             self._pending.pop(version, None)
+            del self._extra_bytes[version]
             self._release(freed)
         return freed
 
     def _evict(self, version: AdapterVersion) -> None:
         self.num_evictions += 1
+        self._freed.append(self._ranges[version])
         self.drop(version)
 
     def check_integrity(self) -> None:
@@ -124,22 +146,34 @@ class RowRangePool:
         newest = self.versions[len(self._ranges) - len(self._pinned) :]
         assert set(newest) == self._pinned, "pinned versions are not the last in order"
         assert self._pending.keys() <= self._ranges.keys(), "a version without a range is pending"
-        assert self.max_loras is None or len(self._pinned) <= self.max_loras, "more versions pinned than max_loras"
+        assert self._extra_bytes.keys() == self._ranges.keys(), "bytes are counted of versions without a range"
+        limit = self.room.max_extra_bytes
+        assert limit is None or self.num_extra_bytes <= limit, "more bytes beside the rows than there are"
+        assert self.room.max_loras is None or len(self._pinned) <= self.room.max_loras, (
+            "more versions pinned than max_loras"
+        )
         self._uses.check_integrity()
 
-    def _check_rank(self, version: AdapterVersion, lora_rank: int) -> None:
+    def _check_need(self, version: AdapterVersion, lora_rank: int, num_extra_bytes: int) -> None:
         if lora_rank < 1:
             raise ValueError(f"version {version} of rank {lora_rank}: an adapter has at least rank 1")
         held = self._ranges.get(version)
         if held is not None and held.length != lora_rank:
             raise ValueError(f"version {version} holds {held.length} rows but is pinned with rank {lora_rank}")
+        if self._extra_bytes.get(version, num_extra_bytes) != num_extra_bytes:
+            raise ValueError(f"version {version} holds {self._extra_bytes[version]} bytes, not {num_extra_bytes}")
 
-    def _make_room(self, length: int) -> bool:
-        """See that a hole of `length` rows exists, at the least cost that does it."""
-        if any(hole.length >= length for hole in self._free):
-            return True
+    def _make_room(self, length: int, num_bytes: int) -> bool:
+        """See that so many bytes are free and a hole of `length` rows exists, at the least cost that does it."""
+        max_bytes = self.room.max_extra_bytes
         if sum(self._ranges[version].length for version in self._pinned) + length > self.num_rows:
             return False
+        if max_bytes is not None:
+            if sum(self._extra_bytes[version] for version in self._pinned) + num_bytes > max_bytes:
+                return False
+            self._free_bytes(self.num_extra_bytes + num_bytes - max_bytes)
+        if any(hole.length >= length for hole in self._free):
+            return True
         victims = self._cheapest_window(length)
         if victims is None:  # pinned ranges stand in the way of every hole
             self._move_together(length)
@@ -147,6 +181,22 @@ class RowRangePool:
             for version in victims:
                 self._evict(version)
         return True
+
+    def _free_bytes(self, lacking: int) -> None:
+        """Evict what gives back `lacking` bytes: those worth least, and of these none that is not needed for it."""
+        worth = self._worth()
+        holders = [version for version, held in self._extra_bytes.items() if held and version not in self._pinned]
+        victims: list[AdapterVersion] = []
+        for version in sorted(holders, key=worth.__getitem__):
+            if lacking <= 0:
+                break
+            victims.append(version)
+            lacking -= self._extra_bytes[version]
+        for version in reversed(victims):
+            if lacking + self._extra_bytes[version] <= 0:
+                lacking += self._extra_bytes[version]  # it may stay
+            else:
+                self._evict(version)
 
     def _cheapest_window(self, length: int) -> list[AdapterVersion] | None:
         """The unpinned versions whose rows, with the holes between, make `length` in a row: those where the one worth
@@ -195,6 +245,7 @@ class RowRangePool:
         for version in pinned:
             held = self._ranges[version]
             if held.start != end:
+                self._freed.append(held)
                 self._ranges[version] = RowRange(end, held.length)
                 self._pending[version] = None
             end += held.length

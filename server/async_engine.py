@@ -22,7 +22,6 @@ import torch
 from adapters.adapter_facts import AdapterFacts, check_device_room, facts_of
 from adapters.adapter_ref import AdapterVersion
 from adapters.base_weights import BaseWeights
-from adapters.lora_layers import pooled_linears, rows_of
 from adapters.lora_model import LoRAModel
 from adapters.module_names import BaseModules
 from server.config import SchedulerConfig
@@ -84,8 +83,7 @@ class AsyncEngine:
         )
         self.stats = EngineStats()
         self.facts: dict[AdapterVersion, AdapterFacts] = {}  # of the versions in host memory, or on their way there
-        self._pooled = pooled_linears(base.modules)
-        self._max_loras = engine.adapters.pool.max_loras
+        self._sizes, self._room = engine.adapters.layers.sizes, engine.adapters.pool.room
         self._max_live = limits.max_num_seqs + limits.max_waiting
         self._streams: dict[str, RequestStream] = {}
         self._observers: list[Callable[[EngineStats], None]] = []
@@ -136,7 +134,7 @@ class AsyncEngine:
                 f"{self._max_live}; retry later or raise --max-waiting"
             )
         for request in requests:
-            check_device_room(request.adapters, self.facts, self.info.memory.lora_rows, self._max_loras)
+            check_device_room(request.adapters, self.facts, self._room)
         streams = [RequestStream(request, self._abort) for request in requests]
         self._streams.update((stream.request.request_id, stream) for stream in streams)
         for request in requests:
@@ -152,7 +150,7 @@ class AsyncEngine:
         if self._is_draining:
             raise Unavailable("the server is shutting down")
         loading = self._ask(lambda done: LoadAdapter(model, done))
-        self.facts[model.version] = facts_of(model, rows_of(model, self._pooled))
+        self.facts[model.version] = facts_of(model, self._sizes.need_of(model))
         return loading
 
     def unload_adapter(self, version: AdapterVersion) -> Awaitable[None]:

@@ -147,6 +147,9 @@ class ServeOptions:
     lora_memory: Annotated[
         Memory, Parameter(group=_ADAPTER_FLAGS, help="Device memory for adapters: 512MiB, 2GiB, GiB, or bytes.")
     ] = _LORA.lora_memory
+    lora_extras_memory: Annotated[
+        Memory, Parameter(group=_ADAPTER_FLAGS, help="The same of a GPU, for what adapters have besides pairs.")
+    ] = _LORA.lora_extras_memory
     max_loras: Annotated[
         Count | None,
         Parameter(group=_ADAPTER_FLAGS, help="Distinct adapters per step; what the memory holds if unset."),
@@ -254,12 +257,7 @@ class ServeOptions:
         str | None, Parameter(group=_HTTP_FLAGS, help="Key that may load and unload adapters.")
     ] = _HTTP.admin_api_key
     shutdown_timeout: Annotated[
-        float,
-        Parameter(
-            group=_HTTP_FLAGS,
-            validator=validators.Number(gte=0),
-            help="Seconds that running requests get to finish after SIGTERM.",
-        ),
+        float, Parameter(group=_HTTP_FLAGS, validator=validators.Number(gte=0), help="Seconds to finish after SIGTERM.")
     ] = _HTTP.shutdown_timeout
     max_body_bytes: Annotated[Memory, Parameter(group=_HTTP_FLAGS, help="One request's body.")] = _HTTP.max_body_bytes
     max_header_bytes: Annotated[Memory, Parameter(group=_HTTP_FLAGS, help="One request's line and headers.")] = (

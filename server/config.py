@@ -48,6 +48,7 @@ class LoRALimits:
 
     max_lora_rank: int = 256
     lora_memory: int = 1 * GIB  # bytes of device pools
+    lora_extras_memory: int = 1 * GIB  # bytes of a GPU beside the pools, for what adapters have besides pairs
     max_loras: int | None = None  # distinct adapters per step; None = what the pools hold
     max_cpu_loras: int | None = None  # adapters in host memory; None = as many as cpu_lora_memory holds
     cpu_lora_memory: int = 4 * GIB  # bytes of adapters in host memory

@@ -152,7 +152,13 @@ class _Running:
         parts = await self._open_adapters(engine, metrics, stack)
         memory = engine.info.memory
         fixed = {"weights": memory.weights, "kv_cache": memory.kv_cache, "lora_pools": memory.lora_pools}
-        metrics.watch_memory(lambda: {**fixed, "cpu_loras": parts.service.host.num_bytes})
+        metrics.watch_memory(
+            lambda: {
+                **fixed,
+                "lora_extras": engine.stats.num_lora_extra_bytes,
+                "cpu_loras": parts.service.host.num_bytes,
+            }
+        )
         return ServerContext(
             engine=engine,
             tokenizer=self.tokenizer,

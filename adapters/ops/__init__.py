@@ -30,6 +30,7 @@ _CPU = "adapters.ops.cpu" if find_spec("numba") else "adapters.ops.reference"
 _CPU_AFFINE = "adapters.ops.cpu_affine" if find_spec("numba") else "adapters.ops.reference_affine"
 _CPU_PRODUCT = "adapters.ops.cpu_product" if find_spec("numba") else "adapters.ops.reference_product"
 _GPU = "adapters.ops.gpu" if find_spec("triton") else "adapters.ops.reference"
+_GPU_AFFINE = "adapters.ops.gpu_affine" if find_spec("triton") else "adapters.ops.reference_affine"
 
 
 def select(device: torch.device) -> LoRAOps:
@@ -45,6 +46,8 @@ def select_affine(device: torch.device) -> AffineOps:
     """The affine operation for tensors on `device`."""
     if device.type == "cpu":
         return cast(AffineOps, importlib.import_module(_CPU_AFFINE))
+    if device.type == "cuda":
+        return cast(AffineOps, importlib.import_module(_GPU_AFFINE))
     return cast(AffineOps, reference_affine)
 
 

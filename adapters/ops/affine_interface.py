@@ -15,6 +15,9 @@ from torch import Tensor
 from adapters.extras_batch import IntArray32
 from adapters.lora_batch import LoRABatch
 
+ALIGNMENT = 16
+"""Bytes: where vectors begin, so that they can be read in wide loads."""
+
 
 class AffineTable:
     """The vectors of all resident adapters, by site (a module) and first pool row."""
@@ -30,6 +33,7 @@ class AffineTable:
         column = torch.zeros(len(self.addresses), dtype=torch.int64)  # [num_sites]
         for site, vector in vectors.items():
             assert vector.dtype is torch.float32 and vector.ndim == 2 and vector.is_contiguous()
+            assert vector.data_ptr() % ALIGNMENT == 0, f"vectors that do not begin at a multiple of {ALIGNMENT} bytes"
             self.vectors[site, start] = vector
             column[site] = vector.data_ptr()
         self._sites[start] = list(vectors)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from adapters.lora_batch import LoRABatch
-from adapters.ops import gpu, reference
+from adapters.ops import AffineTable, gpu, gpu_affine, reference, reference_affine
+from adapters.ops.gpu_affine_batch import AffineStaging, AffineStep
 from adapters.ops.gpu_batch import LoRAStaging
 from adapters.ops.interface import LoRAPools
 from loadtest.gpu.timing import Ceilings, Device
@@ -38,6 +39,7 @@ class KernelSettings:
     head_dim: int
     lora_rank: int = 16
     decode: tuple[tuple[int, int], ...] = ((8, 8), (32, 1), (32, 8), (32, 32))  # rows, adapters
+    affine_decode: tuple[tuple[int, int], ...] = ((32, 0), (32, 1), (32, 32))  # the same; 0 = nobody has vectors
     prefill: tuple[tuple[int, int], ...] = ((2048, 1), (2048, 4))  # tokens, adapters
     context: int = 1024
 
@@ -60,6 +62,7 @@ TINY = KernelSettings(
     head_dim=16,
     lora_rank=4,
     decode=((2, 2),),
+    affine_decode=((2, 0), (2, 1)),
     prefill=((64, 1),),
     context=20,
 )
@@ -74,6 +77,12 @@ def measure_kernels(device: Device, ceilings: Ceilings, settings: KernelSettings
     ]
     shapes = [*((n, 1, settings.context) for n in sorted({n for n, _ in settings.decode}))]
     shapes += [(1, settings.prefill[0][0], 0)]
+    rows += [
+        _affine(device, ceilings, group, *case, is_decode=is_decode)
+        for group in settings.groups
+        for is_decode, cases in ((True, settings.affine_decode), (False, settings.prefill))
+        for case in cases
+    ]
     return rows + [_attention(device, ceilings, settings, *shape) for shape in shapes]
 
 
@@ -138,6 +147,42 @@ def _lora_error(
     add(ours, x, staged)
     reference.bind(pools).add(expected, x, batch)
     return _relative(torch.cat(ours, 1), torch.cat(expected, 1))
+
+
+def _affine(device: Device, ceilings: Ceilings, group: Group, tokens: int, adapters: int, *, is_decode: bool) -> Row:
+    """y ⊙ (1 + d) + c. Decode: as many rows as adapters have vectors, of a bucket of all; prefill: every token. Floor:
+    vectors in use read once, y of those tokens read and written, and whom each row uses."""
+    where, outs = device.device, group.out_features
+    table = AffineTable(len(outs), _SETS * max(1, adapters), where)
+    for start in range(_SETS * adapters):
+        table.write(start, {site: torch.randn(2, out, device=where) * 0.05 for site, out in enumerate(outs)})
+    bound, part = gpu_affine.bind_affine(table, range(len(outs)), outs), AffineStaging()
+    steps = [_affine_step(tokens, adapters, i * adapters, is_decode=is_decode) for i in range(_SETS)]
+    staged = [part.stage(step, where, part.bucket(tokens) if is_decode else None) for step in steps]
+    ys = [torch.randn(tokens, out, device=where).to(torch.bfloat16) for out in outs]
+    ours, expected = [y.clone() for y in ys], [y.clone() for y in ys]
+    bound.apply(ours, staged[0])
+    reference_affine.bind_affine(table, range(len(outs)), outs).apply(
+        expected, reference_affine.stage_affine(steps[0].lora, steps[0].tokens)
+    )
+    seconds = device.graphed([lambda s=s: bound.apply(ys, s) for s in staged])  # type: ignore[misc]
+    num_affine = len(steps[0].tokens)
+    touched = (8 * adapters + 4 * num_affine) * sum(outs) + 4 * tokens
+    floor = ceilings.floor(touched, 2 * num_affine * sum(outs))
+    error = _relative(torch.cat(ours, 1), torch.cat(expected, 1))
+    return _line(f"affine {group.name}", f"{tokens} tokens, {adapters} adapters", seconds, floor, error)
+
+
+def _affine_step(tokens: int, adapters: int, first: int, *, is_decode: bool) -> AffineStep:
+    if is_decode:  # one row an adapter, the others have pairs alone
+        counts, ranges = [1] * tokens, [((first + i, 1.0),) if i < adapters else () for i in range(tokens)]
+    else:
+        counts, ranges = [tokens // adapters] * adapters, [((first + i, 1.0),) for i in range(adapters)]
+    lora = LoRABatch.build(counts, ranges, min_segment=tokens + 1 if is_decode else 16)
+    if lora is None:
+        nothing = np.zeros(0, np.int32)
+        lora = LoRABatch(np.zeros(tokens + 1, np.int32), nothing, np.zeros(0, np.float32), nothing, ())
+    return AffineStep(lora, np.arange(adapters if is_decode else tokens, dtype=np.int32))
 
 
 def _relative(ours: Tensor, expected: Tensor) -> float:

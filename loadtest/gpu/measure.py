@@ -21,7 +21,10 @@ from server.engine.engine import Engine
 from server.engine.forward_batch import build_forward_batch
 
 MAX_ERROR = 1e-2  # relative, bfloat16
-_TESTS = ("tests/gpu", "tests/adapters/test_gpu_lora.py", "tests/engine/test_gpu_attention.py")
+_TESTS = (
+    "tests/gpu", "tests/adapters/test_gpu_lora.py", "tests/adapters/test_gpu_affine.py",
+    "tests/adapters/test_affine_ops.py", "tests/engine/test_gpu_attention.py",
+)  # fmt: skip
 
 
 def measure(arguments: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from adapters.adapter_extras import AdapterExtras
 from adapters.adapter_ref import AdapterVersion
 from adapters.lora_model import LoRAModel, LoRAWeights
 from adapters.module_names import BaseModules
@@ -81,8 +82,11 @@ def load(name: str, device: torch.device, max_model_len: int) -> BaseModel:
         return load_base_model(Path(folder), name, settings)
 
 
-def random_adapter(base: BaseModules, number: int, lora_rank: int, device: torch.device) -> LoRAModel:
-    """Of `lora_rank` on every linear but the head, with numbers that change outputs but not their size."""
+def random_adapter(
+    base: BaseModules, number: int, lora_rank: int, device: torch.device, *, has_gains: bool = False
+) -> LoRAModel:
+    """Of `lora_rank` on every linear but the head, with numbers that change outputs but not their size; with the gains
+    of DoRA where it `has_gains`."""
     generator = torch.Generator(device=device).manual_seed(number)
 
     def draw(rows: int, columns: int) -> torch.Tensor:
@@ -94,7 +98,9 @@ def random_adapter(base: BaseModules, number: int, lora_rank: int, device: torch
         for name, shape in base.linears.items()
         if "head" not in name
     }
-    return LoRAModel(version=AdapterVersion(f"random-{number}"), modules=modules)
+    gains = {name: 1 + 0.02 * torch.randn(base.linears[name].out_features) for name in modules} if has_gains else {}
+    extras = AdapterExtras(gains=gains)
+    return LoRAModel(version=AdapterVersion(f"random-{number}"), modules=modules, extras=extras)
 
 
 @dataclass(frozen=True, slots=True)

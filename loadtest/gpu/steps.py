@@ -21,6 +21,7 @@ from server.engine.cuda_graphs import CUDAGraphBackend
 from server.engine.device_runner import DeviceRunner
 from server.engine.engine import Engine
 from server.engine.forward_batch import ForwardBatch, build_forward_batch
+from server.engine.forward_extras import with_extras
 from server.engine.request import Request, SamplingParams
 from server.engine.runner_choice import Runner, device_runner
 from server.engine.scheduler_output import ScheduledRow
@@ -46,7 +47,7 @@ class StepSettings:
     def config(self, base: BaseModel) -> EngineConfig:
         rows = max(self.decode_rows)
         blocks = rows * -(-self.max_model_len // BLOCK_SIZE)
-        ranks = max(*self.num_adapters, *self.prefill_adapters) * self.lora_rank
+        ranks = (max(*self.num_adapters, *self.prefill_adapters) + 1) * self.lora_rank  # one has DoRA
         each = sum(s.in_features + s.out_features for s in base.modules.linears.values()) * base.dtype.itemsize
         return EngineConfig(
             model=ModelConfig(skip_probe=True),  # random weights answer nothing; tests/gpu hold the path against PEFT
@@ -77,7 +78,9 @@ def measure_model(device: Device, ceilings: Ceilings, settings: StepSettings) ->
     base.attach(kv_cache.allocate(base.kv_shapes, num_blocks, BLOCK_SIZE, base.dtype, base.device))
     lora_off = _measure_lora_off(device, base, config, settings)
     engine = Engine(config, base, look_ahead=device.is_cuda)
-    models = [random_adapter(base.modules, i, settings.lora_rank, device.device) for i in range(_most(settings))]
+    rank, most = settings.lora_rank, _most(settings)
+    models = [random_adapter(base.modules, i, rank, device.device) for i in range(most)]
+    models.append(random_adapter(base.modules, most, rank, device.device, has_gains=True))
     for model in models:
         engine.load_adapter(model)
     uses = [AdapterUse(model.version) for model in models]
@@ -87,6 +90,7 @@ def measure_model(device: Device, ceilings: Ceilings, settings: StepSettings) ->
     rows = []
     for num_rows in settings.decode_rows:
         rows += _decode(device, ceilings, settings, engine, uses, num_rows, lora_off[num_rows])
+        rows.append(_one_with_gains(device, settings, engine, uses, num_rows))
     rows += _prefill(device, ceilings, settings, engine, uses)
     return rows, _start_figures(engine), engine
 
@@ -179,6 +183,25 @@ def _decode(
             }
         )  # fmt: skip
     return found
+
+
+def _one_with_gains(
+    device: Device, settings: StepSettings, engine: Engine, uses: Sequence[AdapterUse], num_rows: int
+) -> Row:
+    """A decode step of one plain adapter a row, and the same with DoRA in the place of one of them: at most 5% more."""
+    plain = list(uses[: min(num_rows, _most(settings))])
+    calls = {}
+    for name, chosen in (("plain", plain), ("dora", [*plain[:-1], uses[-1]])):
+        rows = requests_of(num_rows, settings.context, 1, chosen)
+        batch = build_forward_batch(rows, BLOCK_SIZE, engine.adapters.row_ranges)
+        batch = with_extras(batch, engine.adapters.layers.extras, keeps_logits=engine.base.keeps_logits)
+        assert (batch.extras is not None) is (name == "dora"), "the rows are not what they are taken for"
+        calls[name] = _running(engine.runner, batch)
+    seconds = device.interleaved(calls)
+    return {
+        "model": settings.model, "step": "decode, DoRA in one row", "rows": num_rows, "adapters": len(plain),
+        "ms": 1e3 * seconds["dora"], "over_plain": seconds["dora"] / seconds["plain"],
+    }  # fmt: skip
 
 
 def _prefill(

@@ -1,4 +1,5 @@
-"""The decode forward recorded once per batch bucket and replayed: one graph with LoRA, one for base rows only.
+"""The decode forward recorded once per batch bucket and replayed: with LoRA, for base rows only, and with LoRA where
+outputs of linears and norms are scaled and shifted too.
 
 A graph of a bucket serves any number of rows up to it and any mix of adapters, since everything that varies lies in
 the bucket's staged words. What has no graph runs eagerly. Knows no model: `run` is given, and the device's recording
@@ -65,10 +66,18 @@ class CUDAGraphBackend:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """`num_rows` rows of one new token each, with LoRA applied in every group of linears or not at all."""
+    """`num_rows` rows of one new token each, with LoRA applied in every group of linears or not at all; the affine
+    operation, in every group and norm or not at all, comes with LoRA only."""
 
     num_rows: int
     has_lora: bool
+    has_affine: bool = False
+
+    @property
+    def kind(self) -> str:
+        if self.has_affine:
+            return "with LoRA and affine vectors"
+        return "with LoRA" if self.has_lora else "of base rows"
 
 
 def bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:
@@ -96,20 +105,24 @@ class DecodeGraphs:
         return len(self._graphs)
 
     def capture(self, *, with_lora: bool = True) -> None:
-        """Record as many as fit the time limit, the largest first, as they serve every smaller step too. The clock
-        starts after the largest have run once: how long kernels take to compile is the compiler's cache's affair.
+        """Record as many as fit the time limit: those that few steps need, of affine vectors, last; of each kind the
+        largest first, as they serve every smaller step too. The clock starts after the largest have run once: how long
+        kernels take to compile is the compiler's cache's affair.
 
         A failure leaves what was recorded before it in use and is logged with its reason.
         """
-        kinds = (True, False) if with_lora else (False,)
-        buckets = [Bucket(size, has_lora) for size in reversed(self.sizes) for has_lora in kinds]
-        self._run_once(buckets[: len(kinds)])
+        sizes = [*reversed(self.sizes)]
+        buckets = [Bucket(size, has_lora) for size in sizes for has_lora in ((True, False) if with_lora else (False,))]
+        if with_lora:
+            buckets += [Bucket(size, True, has_affine=True) for size in sizes]
+        self._run_once([bucket for bucket in buckets if bucket.num_rows == sizes[0]])
         began = self.clock()
         for bucket in buckets:
             if self.seconds >= self.time_limit:
                 logger.warning(
-                    "%d of %d decode graphs were captured in %.1f s, the limit; smaller steps use larger graphs",
-                    self.num_graphs, len(buckets), self.seconds,
+                    "%d of %d decode graphs were captured in %.1f s, the limit; the first without is that %s for %d "
+                    "rows: its steps use a larger graph of their kind, or run eagerly where there is none",
+                    self.num_graphs, len(buckets), self.seconds, bucket.kind, bucket.num_rows,
                 )  # fmt: skip
                 return
             if not self._capture(bucket):
@@ -117,10 +130,10 @@ class DecodeGraphs:
             self.seconds = self.clock() - began
         logger.info("captured %d decode graphs for %s rows in %.1f s", self.num_graphs, list(self.sizes), self.seconds)
 
-    def find(self, num_rows: int, *, has_lora: bool) -> tuple[int, Graph] | None:
+    def find(self, num_rows: int, *, has_lora: bool, has_affine: bool = False) -> tuple[int, Graph] | None:
         """The graph of the smallest bucket that holds `num_rows`, and its size; None = run eagerly."""
         for size in self.sizes:
-            graph = self._graphs.get(Bucket(size, has_lora)) if size >= num_rows else None
+            graph = self._graphs.get(Bucket(size, has_lora, has_affine)) if size >= num_rows else None
             if graph is not None:
                 return size, graph
         return None
@@ -135,10 +148,9 @@ class DecodeGraphs:
             self.prepare(bucket)
             self._graphs[bucket] = self.backend.capture(lambda: self.run(bucket))
         except Exception as error:
-            kind = "with LoRA" if bucket.has_lora else "of base rows"
             logger.warning(
                 "decode graph %s for %d rows was not captured, steps without a graph run eagerly and slower: %s: %s",
-                kind, bucket.num_rows, type(error).__name__, error,
+                bucket.kind, bucket.num_rows, type(error).__name__, error,
             )  # fmt: skip
             return False
         return True

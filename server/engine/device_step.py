@@ -1,13 +1,14 @@
 """One step's arrays in one buffer: filled on the host in pinned memory, sent to the device in one copy.
 
 Every field is a run of int32 words in one layout, which depends on the step's caps alone, so the buffer of a batch
-bucket has the same addresses in every step and a captured graph may read it. LoRA's fields come last: a step of base
-rows sends only what stands before them. Knows the fields of tokens; those of attention and LoRA are laid out, filled
-and read by the parts it is given. On the CPU everything works alike, without pinning.
+bucket has the same addresses in every step and a captured graph may read it. LoRA's fields come after the others, those
+of affine vectors last: a step that does not need them sends only what stands before. Knows the fields of tokens; those
+of attention, LoRA and affine vectors are laid out, filled and read by the parts it is given. On the CPU everything
+works alike, without pinning.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from adapters.ops.gpu_affine_batch import AffineStep
+from adapters.step_features import StepFeature
 from server.engine.forward_batch import ForwardBatch
 
 Words = npt.NDArray[np.int32]
@@ -30,6 +33,7 @@ class StepCaps:
     num_logits: int
     attention: Hashable  # the part's own
     lora: Hashable  # the part's own; None = base rows only
+    affine: Hashable = None  # the part's own; None = nobody has affine vectors
 
 
 class StagedPart(Protocol):
@@ -53,7 +57,7 @@ class StagedPart(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagedStep:
-    """One step on the device. `lora` is None in a step of base rows."""
+    """One step on the device. `lora` is None in a step of base rows, `affine` where no adapter has such vectors."""
 
     input_ids: Tensor  # int64 [caps.num_tokens], 0 past the batch
     positions: Tensor  # int64 [caps.num_tokens], 0 past the batch
@@ -61,6 +65,16 @@ class StagedStep:
     logits_indices: Tensor  # int64 [caps.num_logits], 0 past the batch
     attention: Any
     lora: Any
+    affine: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagedParts:
+    """What lays out, fills and reads the metadata of each operation."""
+
+    attention: StagedPart
+    lora: StagedPart  # batches are LoRABatch
+    affine: StagedPart  # batches are AffineStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,23 +135,20 @@ class HostBuffer:
 
 @dataclass(frozen=True, slots=True)
 class _Staging:
-    """What is fixed for some caps: the layout, the words on the device, and the staged objects that read them."""
+    """What is fixed for some caps: the layout, the words on the device, and the staged objects that read them, by the
+    last part that a step sends."""
 
     layout: StepLayout
     words: Tensor
-    base_only: StagedStep
-    with_lora: StagedStep | None
+    steps: Mapping[str, StagedStep]  # "attention", "lora", "affine", as far as the caps go
 
 
 class DeviceStep:
     """Stages steps. `buckets` get addresses that never change; all share one buffer, since one step runs at a time."""
 
-    def __init__(
-        self, device: torch.device, attention: StagedPart, lora: StagedPart, *, buckets: Sequence[StepCaps] = ()
-    ) -> None:
+    def __init__(self, device: torch.device, parts: StagedParts, *, buckets: Sequence[StepCaps] = ()) -> None:
         self._device = device
-        self._attention = attention
-        self._lora = lora
+        self._parts = parts
         # Two: while one is on its way to the device, the next step is written into the other.
         self._hosts = [HostBuffer(device), HostBuffer(device)]
         capacity = max((self._layout(caps).num_words for caps in buckets), default=0)
@@ -148,33 +159,35 @@ class DeviceStep:
         """Send `batch` to the device: to its fixed addresses when `caps` are a bucket's, else to words of its own."""
         staging = self._buckets.get(caps) or self._staging(caps, None)
         layout = staging.layout
+        affine = affine_step(batch)
         host = self._hosts[0]
         self._hosts.reverse()
         words = host.reserve(layout.num_words)
         _fill_tokens(layout.host_views("tokens", words), batch)
-        self._attention.fill(layout.host_views("attention", words), batch.attention, caps.attention)
+        self._parts.attention.fill(layout.host_views("attention", words), batch.attention, caps.attention)
         if batch.lora is not None:
-            self._lora.fill(layout.host_views("lora", words), batch.lora, caps.lora)
-        host.send(staging.words[: layout.end_of("attention" if batch.lora is None else "lora")])
-        return self._choose(staging, has_lora=batch.lora is not None)
+            self._parts.lora.fill(layout.host_views("lora", words), batch.lora, caps.lora)
+        if affine is not None:
+            self._parts.affine.fill(layout.host_views("affine", words), affine, caps.affine)
+        last = _last_part(has_lora=batch.lora is not None, has_affine=affine is not None)
+        host.send(staging.words[: layout.end_of(last)])
+        return staging.steps[last]
 
-    def staged(self, caps: StepCaps, *, has_lora: bool) -> StagedStep:
+    def staged(self, caps: StepCaps, *, has_lora: bool, has_affine: bool = False) -> StagedStep:
         """What `stage` returns for a bucket, whatever stands there now."""
-        return self._choose(self._buckets[caps], has_lora=has_lora)
-
-    def _choose(self, staging: _Staging, *, has_lora: bool) -> StagedStep:
-        if not has_lora:
-            return staging.base_only
-        assert staging.with_lora is not None, "LoRA rows met caps for base rows only"
-        return staging.with_lora
+        return self._buckets[caps].steps[_last_part(has_lora=has_lora, has_affine=has_affine)]
 
     def _layout(self, caps: StepCaps) -> StepLayout:
         per_token = dict.fromkeys(("input_ids", "positions", "carried"), 2 * caps.num_tokens)
-        sizes = {
+        sizes: dict[str, Mapping[str, int]] = {
             "tokens": {**per_token, "logits_indices": 2 * caps.num_logits},
-            "attention": self._attention.layout(caps.attention),
+            "attention": self._parts.attention.layout(caps.attention),
         }
-        return StepLayout(sizes if caps.lora is None else {**sizes, "lora": self._lora.layout(caps.lora)})
+        if caps.lora is not None:
+            sizes["lora"] = self._parts.lora.layout(caps.lora)
+        if caps.affine is not None:
+            sizes["affine"] = self._parts.affine.layout(caps.affine)
+        return StepLayout(sizes)
 
     def _staging(self, caps: StepCaps, words: Tensor | None) -> _Staging:
         """Over `words`, or words of its own."""
@@ -182,12 +195,30 @@ class DeviceStep:
         if words is None:
             words = torch.empty(layout.num_words, dtype=torch.int32, device=self._device)
         tokens = {name: view.view(torch.int64) for name, view in layout.device_views("tokens", words).items()}
-        attention = self._attention.from_device(layout.device_views("attention", words), caps.attention)
-        base_only = StagedStep(**tokens, attention=attention, lora=None)
-        if caps.lora is None:
-            return _Staging(layout, words, base_only, None)
-        lora = self._lora.from_device(layout.device_views("lora", words), caps.lora)
-        return _Staging(layout, words, base_only, StagedStep(**tokens, attention=attention, lora=lora))
+        attention = self._parts.attention.from_device(layout.device_views("attention", words), caps.attention)
+        steps = {"attention": StagedStep(**tokens, attention=attention, lora=None)}
+        if caps.lora is not None:
+            lora = self._parts.lora.from_device(layout.device_views("lora", words), caps.lora)
+            steps["lora"] = replace(steps["attention"], lora=lora)
+        if caps.affine is not None:
+            affine = self._parts.affine.from_device(layout.device_views("affine", words), caps.affine)
+            steps["affine"] = replace(steps["lora"], affine=affine)
+        return _Staging(layout, words, steps)
+
+
+def affine_step(batch: ForwardBatch) -> AffineStep | None:
+    """The batch's part of the affine operation; None when no adapter of it has such vectors."""
+    if batch.extras is None or not batch.extras.features & StepFeature.AFFINE:
+        return None
+    assert batch.lora is not None
+    return AffineStep(batch.lora, batch.extras.affine_tokens)
+
+
+def _last_part(*, has_lora: bool, has_affine: bool) -> str:
+    """Of those that a step sends."""
+    if has_affine:
+        return "affine"
+    return "lora" if has_lora else "attention"
 
 
 def _fill_tokens(views: Mapping[str, Words], batch: ForwardBatch) -> None:

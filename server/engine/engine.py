@@ -93,7 +93,8 @@ class Engine:
         base.attach(kv_cache.allocate(base.kv_shapes, self.memory.num_blocks, block_size, base.dtype, base.device))
         layers = LoRALayers(base.model, base.modules, num_rows=self.memory.lora_rows, ops=ops.select(base.device))
         host = HostCache(max_bytes=config.lora.cpu_lora_memory, max_adapters=config.lora.max_cpu_loras)
-        pool = RowRangePool(self.memory.lora_rows, max_loras=config.lora.max_loras)
+        max_extra_bytes = config.lora.lora_extras_memory if layers.sizes.has_own_memory else None
+        pool = RowRangePool(self.memory.lora_rows, max_loras=config.lora.max_loras, max_extra_bytes=max_extra_bytes)
         self.adapters = AdapterResidency(host, pool, layers)
         self.blocks = BlockManager(self.memory.num_blocks, block_size, config.cache.enable_prefix_caching)
         self.max_model_len = _max_model_len(config, base, self.memory.num_blocks * block_size)
@@ -177,6 +178,7 @@ class Engine:
             num_activations=self.adapters.num_activations,
             num_device_evictions=self.adapters.pool.num_evictions,
             num_free_lora_rows=self.adapters.pool.num_free_rows,
+            num_lora_extra_bytes=self.adapters.pool.num_extra_bytes,
         )
 
     def _launches(self, scheduled: SchedulerOutput) -> bool:

@@ -171,3 +171,4 @@ class EngineStats:
     num_activations: int = 0  # copies of an adapter into the device pools
     num_device_evictions: int = 0  # versions that lost their row range to others
     num_free_lora_rows: int = 0  # rows of the device pools that nobody holds
+    num_lora_extra_bytes: int = 0  # of the device, that those versions take beside the pools

@@ -8,12 +8,14 @@ from typing import Any, Protocol, cast
 from torch import Tensor
 
 from adapters.lora_layers import LoRALayers
+from adapters.ops.gpu_affine_batch import AffineStaging
 from adapters.ops.gpu_batch import LoRAStaging
 from server.config import EngineConfig
 from server.engine.attention_staging import AttentionStaging
 from server.engine.base_model import BaseModel
 from server.engine.cuda_graphs import CUDAGraphBackend, GraphBackend
 from server.engine.device_runner import DeviceRunner
+from server.engine.device_step import StagedParts
 from server.engine.forward_batch import ForwardBatch
 from server.engine.model_runner import ModelRunner
 
@@ -60,8 +62,11 @@ def device_runner(
     return DeviceRunner(
         base,
         lora,
-        attention_part=AttentionStaging(-(-max_model_len // config.cache.block_size)),
-        lora_part=LoRAStaging(max_rank=min(config.lora.max_lora_rank, lora.num_rows)),
+        parts=StagedParts(
+            attention=AttentionStaging(-(-max_model_len // config.cache.block_size)),
+            lora=LoRAStaging(max_rank=min(config.lora.max_lora_rank, lora.num_rows)),
+            affine=AffineStaging(),
+        ),
         max_num_seqs=config.scheduler.max_num_seqs,
         graphs=graphs,
     )

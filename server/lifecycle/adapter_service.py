@@ -7,11 +7,12 @@ and who uses what the registry's. Lives on the event loop; knows no HTTP and no 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Collection, Coroutine, Sequence
+from collections.abc import Awaitable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
+from adapters.adapter_facts import AdapterFacts
 from adapters.adapter_ref import AdapterVersion
 from adapters.errors import AdapterError
 from adapters.lora_model import LoRAModel
@@ -60,6 +61,8 @@ class AdapterEngine(Protocol):
     @property
     def stats(self) -> EngineStats: ...
     @property
+    def facts(self) -> Mapping[AdapterVersion, AdapterFacts]: ...
+    @property
     def is_healthy(self) -> bool: ...
     def load_adapter(self, model: LoRAModel) -> Awaitable[None]: ...
     def unload_adapter(self, version: AdapterVersion) -> Awaitable[None]: ...
@@ -104,7 +107,7 @@ class AdapterService(AdapterLeases, ReconcilerControl):
         self.host = self._host_tier(StoredVersions(store, reader, self.directory).read, limits)
         self.together = EnsureAll(self.host)
         self.loader = self._adapter_loader(reader, locks, keep_versions)
-        self.device = DeviceWatch(lambda: engine.stats, self.directory, row_bytes=row_bytes, on_change=self._on_version)
+        self.device = DeviceWatch(engine, row_bytes=row_bytes, on_change=self._on_version)
         self.keeper = self._version_keeper(locks)
         self.aliases = AliasService(self.directory, self.registry, self.loader)
         self.names = ModelNames(base_names, self.registry, self.directory.aliases)

@@ -1,10 +1,19 @@
-"""Which versions are in the device's pools, as the engine's last step left them, and what they take there."""
+"""Which versions are on the device, as the engine's last step left them, and what they take there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
+from adapters.adapter_facts import AdapterFacts
 from adapters.adapter_ref import AdapterVersion
 from server.engine.request import EngineStats
-from server.lifecycle.directory import AdapterDirectory
+
+
+class WatchedEngine(Protocol):
+    @property
+    def stats(self) -> EngineStats: ...
+    @property
+    def facts(self) -> Mapping[AdapterVersion, AdapterFacts]:
+        """Of every version in host memory."""
 
 
 class DeviceWatch:
@@ -12,14 +21,12 @@ class DeviceWatch:
 
     def __init__(
         self,
-        stats: Callable[[], EngineStats],
-        directory: AdapterDirectory,
+        engine: WatchedEngine,
         *,
         row_bytes: int,
         on_change: Callable[[AdapterVersion], None],
     ) -> None:
-        self._stats = stats
-        self._directory = directory
+        self._engine = engine
         self._row_bytes = row_bytes
         self._on_change = on_change
         self._active: tuple[str, ...] = ()
@@ -32,8 +39,8 @@ class DeviceWatch:
                 self._on_change(AdapterVersion(version))
 
     def num_bytes(self, version: AdapterVersion) -> int:
-        """0 for a version that is not there, or that nothing is known of any more."""
-        known = self._directory.find_version(version)
-        if known is None or version not in self._stats().active_versions:
+        """In the pools and beside them; 0 for a version that is not there, or is on its way out."""
+        facts = self._engine.facts.get(version)
+        if facts is None or version not in self._engine.stats.active_versions:
             return 0
-        return known.lora_rank * self._row_bytes
+        return facts.need.num_rows * self._row_bytes + facts.need.num_extra_bytes

@@ -70,9 +70,6 @@ class AdapterDirectory:
         """KeyError for a version that no name, kept version or alias leads to."""
         return self._versions[version]
 
-    def find_version(self, version: AdapterVersion) -> VersionRecord | None:
-        return self._versions.get(version)
-
     def current(self, name: str) -> AdapterRef | None:
         """What requests for the name get now."""
         return self._registry.describe(name).ref if name in self._registry else None

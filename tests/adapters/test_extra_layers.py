@@ -169,7 +169,11 @@ def test_what_is_cleared_or_written_over_leaves_nothing(architecture: str) -> No
 def test_an_adapter_without_pairs_takes_one_row_and_a_head_s_pair_none() -> None:
     world = World("llama")
     draws = Draw(world.stock, world.base, 0)
-    assert [world.layers.rows_of(KINDS[kind](draws)) for kind in ("ia3", "head_bias", "head_lora")] == [1, 1, 4]
+    assert [world.layers.sizes.need_of(KINDS[kind](draws)).num_rows for kind in ("ia3", "head_bias", "head_lora")] == [
+        1,
+        1,
+        4,
+    ]
     with_head = parts_of(world.stock)
     assert with_head.head is not None
     listed = dict(with_head.linears) | {with_head.head.name: with_head.linears[next(iter(with_head.linears))]}

@@ -214,18 +214,49 @@ Worth = tuple[bool, int, int]  # is needed, uses, minus when it was pinned last
 NOTHING: Worth = (False, -1, 0)
 
 
+def test_bytes_beside_the_rows_are_a_limit_of_their_own() -> None:
+    pool = RowRangePool(100, max_extra_bytes=10)
+    assert pool.pin(A, 4, 6) and pool.pin(B, 4, 3) and pool.pin(C, 4)
+    assert not pool.pin(D, 4, 2), "one byte too many, and all that are there are pinned"
+    assert pool.num_extra_bytes == 9 and pool.versions == (A, B, C)
+    pool.begin_step()
+    assert pool.pin(A, 4, 6) and pool.pin(D, 4, 4)
+    assert pool.versions == (C, A, D), "B's bytes were taken; C has none and may stay"
+    assert pool.take_freed() == [RowRange(4, 4)] and pool.range_of(D) == RowRange(4, 4)
+    pool.begin_step()
+    assert not pool.pin(B, 4, 11), "it could never fit"
+    with pytest.raises(ValueError, match="holds 6 bytes, not 7"):
+        pool.pin(A, 4, 7)
+    pool.check_integrity()
+
+
+def test_whose_bytes_are_not_needed_after_all_stays() -> None:
+    pool = RowRangePool(100, max_extra_bytes=10)
+    assert pool.pin(A, 4, 2) and pool.pin(B, 4, 8)
+    pool.begin_step()
+    pool.count_use(B)
+    assert pool.pin(D, 4, 7)
+    assert pool.versions == (A, D), "A is worth less than B, but its bytes alone are too few and with B's not needed"
+
+
 class PoolMachine(RuleBasedStateMachine):
     """The model is a row → version list, a clock of pins and plain counts; windows are found by trying every start."""
 
     versions = Bundle("versions")
 
-    @initialize(num_rows=st.integers(1, 24), max_loras=st.none() | st.integers(1, 4))
-    def make(self, num_rows: int, max_loras: int | None) -> None:
-        self.pool = RowRangePool(num_rows, max_loras=max_loras)
+    @initialize(
+        num_rows=st.integers(1, 24),
+        max_loras=st.none() | st.integers(1, 4),
+        max_extra_bytes=st.none() | st.integers(0, 30),
+    )
+    def make(self, num_rows: int, max_loras: int | None, max_extra_bytes: int | None) -> None:
+        self.pool = RowRangePool(num_rows, max_loras=max_loras, max_extra_bytes=max_extra_bytes)
         self.ranks: dict[AdapterVersion, int] = {}
+        self.extra_bytes: dict[AdapterVersion, int] = {}
         self.pinned: set[AdapterVersion] = set()
         self.needed: set[AdapterVersion] = set()
         self.unwritten: set[AdapterVersion] = set()
+        self.freed: list[RowRange] = []
         self.last_pin: dict[AdapterVersion, int] = {}
         self.clock = 0
         self.uses: Counter[AdapterVersion] = Counter()
@@ -263,22 +294,53 @@ class PoolMachine(RuleBasedStateMachine):
                 costs.append((bool(evicted & self.needed), num_pinned))
         return min(costs)
 
-    @rule(target=versions, name=st.text("xyz", min_size=1, max_size=3), rank=st.integers(1, 12))
-    def new_version(self, name: str, rank: int) -> AdapterVersion:
+    def byte_victims(self, version: AdapterVersion) -> set[AdapterVersion]:
+        """Who has to go for a version's bytes: of those worth least, so many that it is enough, and then whoever of
+        them need not, the one worth most first."""
+        limit, resident = self.pool.room.max_extra_bytes, set(self.pool.versions)
+        if limit is None or version in resident:
+            return set()
+        holders = sorted((v for v in resident - self.pinned if self.extra_bytes[v]), key=self.worth)
+        lacking = sum(self.extra_bytes[v] for v in resident | {version}) - limit
+        gone: set[AdapterVersion] = set()
+        for num_gone in range(len(holders) + 1):
+            gone = set(holders[:num_gone])
+            if sum(self.extra_bytes[v] for v in gone) >= lacking:
+                break
+        for v in sorted(gone, key=self.worth, reverse=True):
+            if sum(self.extra_bytes[other] for other in gone - {v}) >= lacking:
+                gone.remove(v)
+        return gone
+
+    @rule(
+        target=versions,
+        name=st.text("xyz", min_size=1, max_size=3),
+        rank=st.integers(1, 12),
+        extra_bytes=st.integers(0, 12),
+    )
+    def new_version(self, name: str, rank: int, extra_bytes: int) -> AdapterVersion:
         self.ranks.setdefault(AdapterVersion(name), rank)
+        self.extra_bytes.setdefault(AdapterVersion(name), extra_bytes)
         return AdapterVersion(name)
 
     @rule(version=versions)
     def pin(self, version: AdapterVersion) -> None:
-        rank, rows = self.ranks[version], self.rows()
+        rank, room = self.ranks[version], self.pool.room
         before = {v: self.pool.range_of(v) for v in self.pool.versions}
-        capped = self.pool.max_loras is not None and len(self.pinned | {version}) > self.pool.max_loras
-        fits = sum(self.ranks[v] for v in self.pinned | {version}) <= self.pool.num_rows
+        capped = room.max_loras is not None and len(self.pinned | {version}) > room.max_loras
+        fits = sum(self.ranks[v] for v in self.pinned | {version}) <= room.num_rows
+        if room.max_extra_bytes is not None:
+            fits &= sum(self.extra_bytes[v] for v in self.pinned | {version}) <= room.max_extra_bytes
+        gone = self.byte_victims(version) if fits and not capped else set()
+        rows = [None if row in gone else row for row in self.rows()]
         cost = self.cheapest(rows, rank)
-        got = self.pool.pin(version, rank)
+        got = self.pool.pin(version, rank, self.extra_bytes[version])
         assert got == (fits and not capped)
         evicted = before.keys() - set(self.pool.versions)
-        moved = {v for v in before.keys() - evicted if self.pool.range_of(v) != before[v]}
+        self.num_evictions += len(evicted)
+        assert gone <= evicted and not evicted & self.pinned
+        evicted -= gone
+        moved = {v for v in before.keys() - evicted - gone if self.pool.range_of(v) != before[v]}
         if not got or version in before:
             assert {v: self.pool.range_of(v) for v in self.pool.versions} == before
         elif cost is not None:
@@ -288,8 +350,8 @@ class PoolMachine(RuleBasedStateMachine):
             is_needed, most = self.fewest_moved(rows, rank)
             assert bool(evicted & self.needed) == is_needed
             assert sum(self.ranks[v] for v in moved) <= most and moved <= self.pinned
-        assert not evicted & self.pinned
-        self.num_evictions += len(evicted)
+        evicted |= gone
+        self.freed += [before[v] for v in evicted | moved]
         if got and version not in self.pinned:  # a version is pinned once a step
             self.unwritten = (self.unwritten - evicted) | moved | ({version} - before.keys())
             self.pinned.add(version)
@@ -326,11 +388,17 @@ class PoolMachine(RuleBasedStateMachine):
         assert all(self.pool.range_of(v) == row_range for v, row_range in pending)
         self.unwritten.clear()
 
+    @rule()
+    def take_freed(self) -> None:
+        assert sorted(self.pool.take_freed()) == sorted(self.freed)
+        self.freed.clear()
+
     @invariant()
     def holds(self) -> None:
         if not hasattr(self, "pool"):
             return
         self.pool.check_integrity()
+        assert self.pool.num_extra_bytes == sum(self.extra_bytes[v] for v in self.pool.versions)
         assert self.pool.num_free_rows == self.rows().count(None)
         assert self.pinned <= set(self.pool.versions)
         assert self.pool.num_evictions == self.num_evictions

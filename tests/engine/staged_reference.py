@@ -10,6 +10,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from adapters.ops import AffineTable
+from adapters.ops.affine_interface import rows_a_token
+from adapters.ops.gpu_affine_batch import GPUAffineBatch
 from adapters.ops.gpu_batch import GPULoRABatch
 from adapters.ops.interface import LoRAPools, check_tokens
 from adapters.ops.reference import row_writer
@@ -92,3 +95,29 @@ def _entries(batch: GPULoRABatch) -> list[tuple[int, int, float]]:
 
 OPS = SimpleNamespace(bind=StagedLoRA, row_writer=row_writer)
 """LoRAOps whose batches come from a DeviceStep."""
+
+
+@dataclass
+class StagedAffine:
+    """One group's sites."""
+
+    table: AffineTable
+    sites: Sequence[int]
+    widths: Sequence[int]
+
+    def apply(self, ys: Sequence[Tensor], batch: GPUAffineBatch) -> None:
+        indptr = batch.indptr.tolist()
+        for site, width, y in zip(self.sites, self.widths, ys, strict=True):
+            rows_a_token(y, width, batch.caps.num_tokens)
+            rows = y.view(batch.caps.num_tokens, -1, width)
+            for i in range(batch.caps.num_affine):
+                entries = range(indptr[i], indptr[i + 1])
+                found = [(e, self.table.vectors.get((site, int(batch.entry_starts[e])))) for e in entries]
+                parts = [float(batch.entry_weights[e]) * vectors for e, vectors in found if vectors is not None]
+                if parts:
+                    token, (gain, shift) = int(batch.tokens[i]), torch.stack(parts).sum(0)
+                    rows[token] = (rows[token].float() * (1 + gain) + shift).to(y.dtype)
+
+
+AFFINE_OPS = SimpleNamespace(bind_affine=StagedAffine)
+"""AffineOps whose steps come from a DeviceStep."""

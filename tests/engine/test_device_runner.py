@@ -18,7 +18,7 @@ from tests.triton_interpreter import require_triton
 require_triton()
 
 from adapters import ops  # noqa: E402
-from adapters.ops import gpu  # noqa: E402
+from adapters.ops import gpu, gpu_affine  # noqa: E402
 from server.config import CacheConfig, EngineConfig, LoRALimits, SchedulerConfig  # noqa: E402
 from server.engine.attention.gpu import GPUAttention  # noqa: E402
 from server.engine.cuda_graphs import Bucket, DecodeGraphs, Graph, bucket_sizes  # noqa: E402
@@ -81,18 +81,27 @@ class _Captures:
         self.now += 1.0
         return torch.zeros(bucket.num_rows, 1)
 
-    def sizes(self, *, has_lora: bool) -> list[int | None]:
-        found = [self.graphs.find(n, has_lora=has_lora) for n in (1, 2, 4, 5, 8, 9)]
+    def sizes(self, *, has_lora: bool, has_affine: bool = False) -> list[int | None]:
+        found = [self.graphs.find(n, has_lora=has_lora, has_affine=has_affine) for n in (1, 2, 4, 5, 8, 9)]
         return [each[0] if each else None for each in found]
 
 
 def test_the_smallest_bucket_that_holds_the_rows_is_replayed() -> None:
     captures = _Captures()
     captures.graphs.capture()
-    assert captures.graphs.num_graphs == 6
-    for has_lora in (True, False):
-        assert captures.sizes(has_lora=has_lora) == [1, 4, 4, 8, 8, None]
-    assert captures.prepared[0] == Bucket(8, True), "the largest first: it serves every smaller step"
+    assert captures.graphs.num_graphs == 9
+    for has_lora, has_affine in ((True, False), (False, False), (True, True)):
+        assert captures.sizes(has_lora=has_lora, has_affine=has_affine) == [1, 4, 4, 8, 8, None]
+    ran_once, captured = captures.prepared[:3], captures.prepared[3:]
+    assert captured[0] == Bucket(8, True), "the largest first: it serves every smaller step"
+    assert set(ran_once) == {bucket for bucket in captured if bucket.num_rows == 8}, "not all kinds were compiled first"
+    assert [bucket.has_affine for bucket in captured] == [False] * 6 + [True] * 3, "few steps need these"
+
+
+def test_a_model_without_lora_layers_has_graphs_of_base_rows_alone() -> None:
+    captures = _Captures()
+    captures.graphs.capture(with_lora=False)
+    assert captures.graphs.num_graphs == 3 and captures.sizes(has_lora=False) == [1, 4, 4, 8, 8, None]
 
 
 def test_capture_stops_at_its_time_limit_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -100,7 +109,17 @@ def test_capture_stops_at_its_time_limit_and_says_so(caplog: pytest.LogCaptureFi
     captures.graphs.capture()
     assert captures.sizes(has_lora=True) == [4, 4, 4, 8, 8, None]
     assert captures.sizes(has_lora=False) == [8, 8, 8, 8, 8, None]
-    assert "3 of 6 decode graphs were captured in 3.0 s, the limit" in caplog.text
+    assert captures.sizes(has_lora=True, has_affine=True) == [None] * 6
+    assert "3 of 9 decode graphs were captured in 3.0 s, the limit; the first without is that of base rows for 4" in (
+        caplog.text
+    )
+
+
+def test_graphs_of_affine_vectors_are_those_that_time_runs_out_for() -> None:
+    captures = _Captures(time_limit=7.0)
+    captures.graphs.capture()
+    assert captures.sizes(has_lora=True) == captures.sizes(has_lora=False) == [1, 4, 4, 8, 8, None]
+    assert captures.sizes(has_lora=True, has_affine=True) == [8, 8, 8, 8, 8, None]
 
 
 def test_a_refused_capture_is_logged_once_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
@@ -165,6 +184,8 @@ def _open_staged(llama: Path, *, look_ahead: bool = False, fails_at: int | None 
     max_num_seqs = 1 if triton else 4  # the interpreter is slow
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "select", lambda device: gpu if triton else staged_reference.OPS)
+        affine_ops = gpu_affine if triton else staged_reference.AFFINE_OPS
+        patch.setattr("adapters.lora_layers.select_affine", lambda device: affine_ops)
         harness = EngineHarness.open(llama, "float32", Squeeze(max_num_seqs=max_num_seqs), look_ahead=look_ahead)
     engine = harness.engine
     engine.base.context.backend = GPUAttention() if triton else staged_reference.attend
@@ -205,7 +226,8 @@ def test_tokens_equal_the_plain_runner(
     assert staged.num_replays == 0 if fails_at == 0 else staged.num_replays >= 10
     if fails_at is None:
         used = [graph.num_replays > 0 for graph in staged.backend.graphs]  # with LoRA and base only, of 4, 2 and 1 rows
-        assert sum(used[0::2]) >= 2 and sum(used[1::2]) >= 1, "few buckets were ever used"
+        assert sum(used[0:6:2]) >= 2 and sum(used[1:6:2]) >= 1, "few buckets were ever used"
+        assert not any(used[6:]), "nobody has affine vectors"
 
 
 def test_a_larger_bucket_serves_rows_that_compose_adapters(llama: Path, adapters: list[Path]) -> None:
@@ -216,7 +238,7 @@ def test_a_larger_bucket_serves_rows_that_compose_adapters(llama: Path, adapters
     harness.add("r", range(3, 9), *versions, max_tokens=4)
     harness.run()
     replays = [graph.num_replays for graph in staged.backend.graphs]  # with LoRA and base only, of 4, 2 and 1 rows
-    assert replays == [0, 0, 3, 0, 0, 0]
+    assert replays == [0, 0, 3, 0, 0, 0, *[0] * 3]
 
 
 def test_triton_kernels_give_the_same_tokens(llama: Path, tmp_path: Path) -> None:
@@ -227,4 +249,4 @@ def test_triton_kernels_give_the_same_tokens(llama: Path, tmp_path: Path) -> Non
         harness.add("a", range(3, 5), harness.load(adapter), max_tokens=2)
         harness.run()
     assert staged.harness.tokens("a") == plain.tokens("a")
-    assert [graph.num_replays for graph in staged.backend.graphs] == [1, 0]
+    assert [graph.num_replays for graph in staged.backend.graphs] == [1, 0, 0]

@@ -101,14 +101,16 @@ def test_room_is_judged_by_the_rows_that_are_taken(base: Path, tmp_path: Path) -
         harness, trained(base, tmp_path / "w", r=2, target_modules=["q_proj", "lm_head"], rank_pattern={"lm_head": 16})
     )
     eight = load(harness, trained(base, tmp_path / "e", r=8))
-    facts = {model.version: facts_of(model, layers.rows_of(model)) for model in (wide, eight)}
-    assert [facts[model.version].num_rows for model in (wide, eight)] == [2, 8]
-    check_device_room([AdapterUse(wide.version)], facts, 8, None)
+    facts = {model.version: facts_of(model, layers.sizes.need_of(model)) for model in (wide, eight)}
+    assert [facts[model.version].need.num_rows for model in (wide, eight)] == [2, 8]
+    check_device_room([AdapterUse(wide.version)], facts, harness.engine.adapters.pool.room)
     harness.add("r", [1, 2, 3], AdapterUse(wide.version), max_tokens=3)
     harness.run()
     assert len(harness.tokens("r")) == 3
     with pytest.raises(AdapterCapacity, match="take 10 ranks together, and all pools hold 8"):
-        check_device_room([AdapterUse(wide.version), AdapterUse(eight.version)], facts, 8, None)
+        check_device_room(
+            [AdapterUse(wide.version), AdapterUse(eight.version)], facts, harness.engine.adapters.pool.room
+        )
 
 
 def test_a_vast_vocabulary_is_refused_without_listing_its_tokens(base: Path, tmp_path: Path) -> None:

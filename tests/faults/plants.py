@@ -36,8 +36,8 @@ def slot_evicted_while_in_use(patch: pytest.MonkeyPatch) -> None:
     """vllm#47724: the least recently used slot goes, whether its rows run in this step or not, and nobody looks."""
     pin = RowRangePool.pin
 
-    def forgetful(self: RowRangePool, version: AdapterVersion, lora_rank: int) -> bool:
-        granted = pin(self, version, lora_rank)
+    def forgetful(self: RowRangePool, version: AdapterVersion, lora_rank: int, num_extra_bytes: int = 0) -> bool:
+        granted = pin(self, version, lora_rank, num_extra_bytes)
         self._pinned.discard(version)
         return granted
 
@@ -241,7 +241,7 @@ def base_row_takes_a_slot(patch: pytest.MonkeyPatch) -> None:
         if adapters:
             return ask(self, adapters)
         pool = self._residency.pool  # type: ignore[attr-defined]
-        has_room = pool.max_loras is None or len(pool._pinned) < pool.max_loras
+        has_room = pool.room.max_loras is None or len(pool._pinned) < pool.room.max_loras
         return Room.GRANTED if has_room else Room.NOT_NOW
 
     def admit(self: AdapterRoom, request: Request) -> Room:

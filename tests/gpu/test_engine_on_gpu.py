@@ -37,7 +37,7 @@ def test_all_graphs_are_captured_and_used(tmp_path: Path) -> None:
     base = save("llama", tmp_path / "llama")
     runner = _open(base, "float32").engine.runner
     assert isinstance(runner, DeviceRunner) and runner.graphs is not None
-    assert runner.graphs.num_graphs == 2 * len(runner.graphs.sizes)
+    assert runner.graphs.num_graphs == 3 * len(runner.graphs.sizes)
 
 
 @pytest.mark.parametrize("use_graphs", [False, True])

@@ -18,8 +18,10 @@ def test_every_part_runs_and_reports(tmp_path: Path, capsys: pytest.CaptureFixtu
     arguments = ["kernels", "steps", "serving", "profile", "--tiny", "--device", "cpu", "--out", str(tmp_path)]
     assert main(["gpu", *arguments]) == 0
     found = json.loads((tmp_path / "gpu-kernels-steps-serving-profile.json").read_text())
-    assert {row["op"] for row in found["kernels"]} == {"lora qkv", "attention"}
+    assert {row["op"] for row in found["kernels"]} == {"lora qkv", "affine qkv", "attention"}
     assert all(row["floor_us"] > 0 and row["error"] < MAX_ERROR for row in found["kernels"])
+    (gains,) = (row for row in found["steps"] if row["step"] == "decode, DoRA in one row")
+    assert gains["rows"] == gains["adapters"] == 2 and gains["over_plain"] > 0
     decode = {row["adapters"]: row for row in found["steps"] if row["step"] == "decode"}
     assert set(decode) == {0, 1, 2} and decode[0]["eta"] == 1.0 and decode[0]["phi"] == 1.0
     assert 0 < decode[2]["phi"] < decode[1]["phi"] < 1

@@ -7,7 +7,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from adapters.adapter_facts import AdapterFacts, facts_of
 from adapters.adapter_ref import AdapterVersion
+from adapters.device_room import DeviceNeed
 from adapters.host_cache import HostCache
 from adapters.lora_model import LoRAModel
 from adapters.module_names import BaseModules, LinearShape
@@ -93,6 +95,7 @@ class FakeAdapterEngine:
     def __init__(self, max_bytes: int = 1 << 20) -> None:
         self.host = HostCache(max_bytes)
         self.stats = EngineStats()
+        self.facts: dict[AdapterVersion, AdapterFacts] = {}
         self.events: list[tuple[str, str]] = []
         self.refuse: Exception | None = None
         self.dead: ServerError | None = None
@@ -109,9 +112,11 @@ class FakeAdapterEngine:
                 if error is not None:
                     raise error
             self.host.put(model)
+            self.facts[model.version] = facts_of(model, DeviceNeed(num_rows=model.lora_rank))
             self.events.append(("load", model.version))
 
     async def unload_adapter(self, version: AdapterVersion) -> None:
+        self.facts.pop(version, None)
         async with self._inbox:
             await asyncio.sleep(0)
             if self.dead is not None:

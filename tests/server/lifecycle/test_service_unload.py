@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from adapters.adapter_facts import AdapterFacts
 from adapters.adapter_ref import Lease
+from adapters.device_room import DeviceNeed
 from adapters.errors import AdapterCapacity, AdapterNotFound
 from server.engine.request import EngineStats
 from server.errors import ModelNotFound, Unavailable
@@ -45,6 +47,17 @@ async def test_it_says_what_was_freed_once_it_is(world: ServiceWorld, tmp_path: 
         "deleted": True,
         "freed": {"host_bytes": ref.num_bytes, "device_bytes": ref.lora_rank * ROW_BYTES},
     }
+
+
+@pytest.mark.asyncio
+async def test_what_it_took_of_the_device_beside_the_pools_is_freed_too(world: ServiceWorld, tmp_path: Path) -> None:
+    ref = await world.load("sql", adapter(tmp_path / "a"))
+    world.engine.stats = EngineStats(active_versions=(ref.version,))
+    need = DeviceNeed(num_rows=1, num_extra_bytes=77)
+    world.engine.facts[ref.version] = AdapterFacts(need=need)
+    assert world.service.device.num_bytes(ref.version) == ROW_BYTES + 77
+    freed = (await world.service.unload("sql")).freed
+    assert freed.device_bytes == ROW_BYTES + 77 and world.service.device.num_bytes(ref.version) == 0
 
 
 @pytest.mark.asyncio

@@ -77,10 +77,8 @@ class _SlowBackend:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         with self._lock:
-            text = self._slow.decode(
-                list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-            )
-        return str(text)
+            options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+            return str(self._slow.decode(list(token_ids), **options))
 
     def piece(self, token_id: int) -> str | None:
         with self._lock:
@@ -108,9 +106,8 @@ class Tokenizer:
         try:
             hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            raise TokenizerNotLoaded(
-                f"no tokenizer could be loaded from '{folder}': {error}; the folder needs tokenizer.json"
-            ) from error
+            why = f"no tokenizer could be loaded from '{folder}': {error}; the folder needs tokenizer.json"
+            raise TokenizerNotLoaded(why) from error
         return cls(hf)
 
     @property
@@ -222,8 +219,7 @@ class Tokenizer:
 
 
 def _sizes(hf: PreTrainedTokenizerBase, fast: tokenizers.Tokenizer | None) -> tuple[int, int]:
-    """How many tokens there are, and the largest id. The vocabulary as a dict, which the Rust library makes while it
-    holds Python's lock, is asked for only where ids leave some out."""
+    """Tokens, and the largest id. A dict of them, made under Python's lock, is asked for only where ids have gaps."""
     count = 0 if fast is None else fast.get_vocab_size()
     if fast is not None and count and all(fast.id_to_token(i) is not None for i in range(count)):
         return count, count - 1

@@ -15,10 +15,10 @@ from types import MappingProxyType
 
 from adapters.adapter_folder import AdapterFolder
 from adapters.errors import AdapterRefused, RefusalCode
-from adapters.json_digest import digest_of_fields
+from adapters.tokenizer_digest import TOKENIZER_NAME, tokenizer_digest
 from adapters.untrusted_json import parse_object
 
-TOKENIZER_NAME, CONFIG_NAME, TEMPLATE_NAME = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+CONFIG_NAME, TEMPLATE_NAME = "tokenizer_config.json", "chat_template.jinja"
 NAMES = (TOKENIZER_NAME, CONFIG_NAME, TEMPLATE_NAME)
 _SLOW_NAMES = ("tokenizer.model", "vocab.json", "added_tokens.json")  # of tokenizers that only their own code reads
 MAX_BYTES = 40 << 20
@@ -27,7 +27,6 @@ MAX_BYTES = 40 << 20
 Check = Callable[[Mapping[str, bytes]], object]
 """Raises AdapterRefused (adapter_corrupt) where no tokenizer or template can be made of the files."""
 
-_OF_BATCHES = ("truncation", "padding")  # parts of tokenizer.json that do not change what a text's tokens are
 _ENDS = ("bos_token", "eos_token")
 _NUM_KEPT = 32  # digests of what files mean, and of files that passed the check
 
@@ -90,8 +89,7 @@ class OwnTokenizers:
         key = _digest(data)
         found = self._digests.get(key)
         if found is None:
-            fields = parse_object(data, what=TOKENIZER_NAME)
-            found = digest_of_fields({name: value for name, value in fields.items() if name not in _OF_BATCHES})
+            found = tokenizer_digest(data)
             self._digests.put(key, found)
         return found
 

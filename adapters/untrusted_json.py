@@ -33,17 +33,17 @@ def parse_object(data: bytes, *, what: str) -> dict[str, object]:
             parse_float=_finite_float,
         )
     except RecursionError:
-        raise _corrupt(what, f"is nested deeper than {MAX_DEPTH} levels") from None
+        raise corrupt(what, f"is nested deeper than {MAX_DEPTH} levels") from None
     except ValueError as error:  # includes JSONDecodeError, UnicodeDecodeError and ints of over 4300 digits
-        raise _corrupt(what, f"is not strict JSON: {shown(str(error))}") from None
+        raise corrupt(what, f"is not strict JSON: {shown(str(error))}") from None
     if not isinstance(value, dict):
-        raise _corrupt(what, f"is a JSON {type(value).__name__}, not an object")
+        raise corrupt(what, f"is a JSON {type(value).__name__}, not an object")
     if _is_deeper_than(value, MAX_DEPTH):
-        raise _corrupt(what, f"is nested deeper than {MAX_DEPTH} levels")
+        raise corrupt(what, f"is nested deeper than {MAX_DEPTH} levels")
     return value
 
 
-def _corrupt(what: str, why: str) -> AdapterRefused:
+def corrupt(what: str, why: str) -> AdapterRefused:
     return AdapterRefused(RefusalCode.CORRUPT, f"{what} {why}", "Save the adapter again", feature=what)
 
 

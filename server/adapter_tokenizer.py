@@ -6,6 +6,7 @@ sandbox as the base's is. What an adapter does not bring is the base's. Knows no
 """
 
 import asyncio
+import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -16,11 +17,15 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from adapters.adapter_ref import AdapterVersion
 from adapters.errors import AdapterRefused, RefusalCode
-from adapters.own_tokenizer import CONFIG_NAME, TEMPLATE_NAME, TOKENIZER_NAME, decoded
+from adapters.own_tokenizer import CONFIG_NAME, TEMPLATE_NAME, decoded
+from adapters.run_apart import LARGE
+from adapters.tokenizer_digest import TOKENIZER_NAME
 from adapters.untrusted_json import parse_object, shown
 from server.tokenizer import Tokenizer, TokenizerNotLoaded
+from server.tokenizer_check import why_unreadable
 
-MAX_KEPT = 16  # a large one takes some 50 MB and half a second to make
+MAX_KEPT = 16  # a large one takes some 50 MB and a second to make, during which the Rust library holds Python's lock
+_ONE_TOKEN = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).to_str().encode()
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -79,7 +84,7 @@ def _made_of(files: Mapping[str, bytes], base: Tokenizer) -> Tokenizer:
     template = _template(files, config) or base.chat_template
     if TOKENIZER_NAME not in files:
         return base.with_chat_template(template)
-    made = _fast_of(files, config, template)
+    made = _fast_of(files[TOKENIZER_NAME], config, template)
     return base if _is_same(made, base) else made
 
 
@@ -93,7 +98,7 @@ def check_files(files: Mapping[str, bytes]) -> None:
             render_jinja_template([], chat_template=template)  # compiled, for no conversation
         at = TOKENIZER_NAME
         if TOKENIZER_NAME in files:
-            _fast_of(files, config, template)
+            _fast_of(_tried(files[TOKENIZER_NAME]), config, template)
     except AdapterRefused:
         raise
     except Exception as error:  # what the Rust library raises has no class of its own
@@ -102,13 +107,27 @@ def check_files(files: Mapping[str, bytes]) -> None:
         raise AdapterRefused(RefusalCode.CORRUPT, f"{why}: {shown(str(error))}", fix, feature=at) from error
 
 
+def _tried(tokenizer_json: bytes) -> bytes:
+    """Itself, or if it is large one to try out what stands beside it, after it was tried in a process of its own."""
+    if len(tokenizer_json) <= LARGE:
+        return tokenizer_json
+    if (why := why_unreadable(tokenizer_json)) is not None:
+        raise ValueError(why)
+    return _ONE_TOKEN
+
+
 def _config(files: Mapping[str, bytes]) -> Mapping[str, Any]:
     return parse_object(files[CONFIG_NAME], what=CONFIG_NAME) if CONFIG_NAME in files else {}
 
 
-def _fast_of(files: Mapping[str, bytes], config: Mapping[str, Any], template: str | None) -> Tokenizer:
-    fast = tokenizers.Tokenizer.from_str(decoded(files, TOKENIZER_NAME))
-    hf = PreTrainedTokenizerFast(tokenizer_object=fast, clean_up_tokenization_spaces=False, **_special_tokens(config))
+def _fast_of(tokenizer_json: bytes, config: Mapping[str, Any], template: str | None) -> Tokenizer:
+    """By way of a file, since transformers copies a tokenizer that is given as an object: as long again."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        file.write(tokenizer_json)
+        file.flush()
+        hf = PreTrainedTokenizerFast(
+            tokenizer_file=file.name, clean_up_tokenization_spaces=False, **_special_tokens(config)
+        )
     hf.chat_template = template
     return Tokenizer(hf)
 
@@ -118,7 +137,10 @@ def _is_same(made: Tokenizer, base: Tokenizer) -> bool:
     if made.fast is None or base.fast is None or made.chat_template != base.chat_template:
         return False
     has_same_tokens = made.special_tokens == base.special_tokens and made.special_ids == base.special_ids
-    return has_same_tokens and made.fast.to_str() == base.fast.to_str()
+    if not has_same_tokens or (made.vocab_size, made.max_id) != (base.vocab_size, base.max_id):
+        return False
+    pieces = (made.fast.id_to_token(i) == base.fast.id_to_token(i) for i in range(made.max_id + 1))
+    return all(pieces) and made.fast.to_str() == base.fast.to_str()  # last, since it holds Python's lock
 
 
 def _template(files: Mapping[str, bytes], config: Mapping[str, Any]) -> str | None:

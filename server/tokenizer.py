@@ -77,10 +77,8 @@ class _SlowBackend:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         with self._lock:
-            text = self._slow.decode(
-                list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-            )
-        return str(text)
+            options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+            return str(self._slow.decode(list(token_ids), **options))
 
     def piece(self, token_id: int) -> str | None:
         with self._lock:
@@ -96,9 +94,7 @@ class Tokenizer:
         fast = getattr(hf, "backend_tokenizer", None)
         self.fast: tokenizers.Tokenizer | None = fast if isinstance(fast, tokenizers.Tokenizer) else None
         self._backend: _Backend = _SlowBackend(hf) if self.fast is None else _FastBackend(self.fast)
-        ids = hf.get_vocab().values()
-        self.vocab_size: int = len(ids)  # ids that have a token
-        self.max_id: int = max(ids)  # the model may have more rows than this
+        self.vocab_size, self.max_id = _sizes(hf, self.fast)  # tokens; the model may have more rows than its largest id
         added = hf.added_tokens_decoder
         self._token_bytes = {token_id: token.content.encode() for token_id, token in added.items()}  # grows with use
         self._whole_texts: dict[int, str | None] = {}  # grows with use
@@ -110,9 +106,8 @@ class Tokenizer:
         try:
             hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            raise TokenizerNotLoaded(
-                f"no tokenizer could be loaded from '{folder}': {error}; the folder needs tokenizer.json"
-            ) from error
+            why = f"no tokenizer could be loaded from '{folder}': {error}; the folder needs tokenizer.json"
+            raise TokenizerNotLoaded(why) from error
         return cls(hf)
 
     @property
@@ -154,10 +149,6 @@ class Tokenizer:
         if match := _BYTE_FALLBACK_TOKEN.fullmatch(piece):
             return bytes.fromhex(match[1])
         return piece.replace(_WORD_START, " ").encode()
-
-    def token_text(self, token_id: int) -> str:
-        """One token as text, for showing: part of a character shows as U+FFFD."""
-        return self.token_bytes(token_id).decode(errors="replace")
 
     @cached_property
     def is_byte_level(self) -> bool:
@@ -225,6 +216,15 @@ class Tokenizer:
         except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             raise _refused(error) from error
         return str(text)
+
+
+def _sizes(hf: PreTrainedTokenizerBase, fast: tokenizers.Tokenizer | None) -> tuple[int, int]:
+    """Tokens, and the largest id. A dict of them, made under Python's lock, is asked for only where ids have gaps."""
+    count = 0 if fast is None else fast.get_vocab_size()
+    if fast is not None and count and all(fast.id_to_token(i) is not None for i in range(count)):
+        return count, count - 1
+    ids = hf.get_vocab().values()
+    return len(ids), max(ids)
 
 
 def _whole(token_bytes: bytes) -> str | None:

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters import own_tokenizer
+from adapters import tokenizer_digest
 from adapters.adapter_folder import AdapterFolder
 from adapters.adapter_ref import AdapterVersion
 from adapters.base_walk import modules_of
 from adapters.checkpoint import CheckpointLimits, LoadedAdapter, load_lora_model
 from adapters.errors import AdapterRefused, RefusalCode
 from adapters.own_tokenizer import MAX_BYTES, OwnTokenizers, unread_tokens
+from adapters.run_apart import LARGE
+from adapters.untrusted_json import parse_object
 from tests.end_to_end.in_process import save_tiny_model
 from tests.equivalence import oracle
 
@@ -125,14 +127,14 @@ def test_a_base_without_a_tokenizer_takes_the_adapters(adapter: Path, tmp_path: 
 def test_the_bases_own_file_is_not_parsed(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many others came between: it is what nearly all adapters bring, and parsing it stops all threads."""
     parsed: list[str] = []
-    parse = own_tokenizer.parse_object
+    parse = tokenizer_digest.parse_object
     ours = OwnTokenizers(base)
 
     def counted(data: bytes, *, what: str) -> dict[str, object]:
         parsed.append(what)
         return parse(data, what=what)
 
-    monkeypatch.setattr(own_tokenizer, "parse_object", counted)
+    monkeypatch.setattr(tokenizer_digest, "parse_object", counted)
     theirs = (adapter / NAMES[0]).read_bytes()
     for count in range(40):
         (adapter / NAMES[0]).write_text(json.dumps({"version": str(count)}))
@@ -195,3 +197,36 @@ def test_tokens_in_files_that_are_not_read_are_told(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(b"{}")
     with AdapterFolder.find(tmp_path) as folder:
         assert unread_tokens(folder, 110) == ()
+
+
+def large(base: Path, **fields: object) -> bytes:
+    """The base's tokenizer with so much beside it that it is read in a process of its own."""
+    return json.dumps({**json.loads((base / NAMES[0]).read_text()), **fields, "padding": {"x": "y" * LARGE}}).encode()
+
+
+def test_a_large_one_means_the_same_read_apart(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest, data = tokenizer_digest.tokenizer_digest, (base / NAMES[0]).read_bytes()
+    small, other = digest(data), digest(json.dumps({**json.loads(data), "a": 1}).encode())
+    with monkeypatch.context() as patched:
+        patched.setattr(tokenizer_digest, "parse_object", parse_short)
+        assert digest(large(base)) == small
+        assert digest(large(base, a=1)) == other != small
+    monkeypatch.setattr("adapters.run_apart.sys.executable", "/no/such/python")
+    assert digest(large(base)) == small  # where no process can be started
+
+
+def parse_short(data: bytes, what: str) -> dict[str, object]:
+    """What this process is to read of it."""
+    assert len(data) < 1000, "read in this process"
+    return parse_object(data, what=what)
+
+
+@pytest.mark.parametrize("ending", [b"", b',"padding":1}', b',"a":NaN}'])
+def test_a_large_one_that_is_broken_is_told_as_a_small_one_is(base: Path, ending: bytes) -> None:
+    messages = []
+    for padding in (b'"x"', b'"' + b"y" * LARGE + b'"'):
+        with pytest.raises(AdapterRefused) as caught:
+            tokenizer_digest.tokenizer_digest(b'{"padding":' + padding + ending)
+        assert caught.value.reason is RefusalCode.CORRUPT and caught.value.feature == NAMES[0]
+        messages.append(str(caught.value).partition("(char")[0].partition("column")[0])
+    assert messages[0] == messages[1]

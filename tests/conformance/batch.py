@@ -1,4 +1,4 @@
-"""All adapters of an architecture as rows of one batch beside a base row, through the real engine in float32."""
+"""All adapters of an architecture as rows of one batch beside a base row, through the real engine."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -104,9 +104,17 @@ def load_all(harness: EngineHarness, adapters: Mapping[str, Adapter]) -> tuple[d
     return versions, served
 
 
-def serve(world: World, squeeze: Squeeze, *, rows: Sequence[Row] | None = None, plainly: bool = False) -> Served:
+def serve(
+    world: World,
+    squeeze: Squeeze,
+    *,
+    rows: Sequence[Row] | None = None,
+    plainly: bool = False,
+    dtype: str = "float32",
+    use_graphs: bool = True,
+) -> Served:
     """Run the rows whose adapters are accepted in one batch; `plainly`: the same rows, all of them of the base."""
-    harness = EngineHarness.open(world.base, "float32", squeeze)
+    harness = EngineHarness.open(world.base, dtype, squeeze, use_graphs=use_graphs)
     versions, served = load_all(harness, world.adapters)
     for row in world.rows if rows is None else rows:
         if all(name in versions for name, _ in row.uses):

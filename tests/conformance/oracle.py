@@ -45,10 +45,12 @@ class PeftOracle:
     folder: Path
     vocab_size: int | None = None  # of the base it was trained on, where it is not the base's
     invocation: tuple[int, ...] = ()  # aLoRA: searched for in the prompt alone, as PEFT's generate does
+    dtype: torch.dtype = torch.float32  # of the base
 
     @cached_property
     def model(self) -> Any:
-        return PeftModel.from_pretrained(base_of(self.architecture, self.vocab_size), self.folder).eval()
+        base: Any = base_of(self.architecture, self.vocab_size)
+        return PeftModel.from_pretrained(base.to(self.dtype), self.folder).eval()
 
     def logits(self, ids: Sequence[int], num_prompt_tokens: int) -> Tensor:
         if not self.invocation:

@@ -77,6 +77,7 @@ WHAT: dict[str, str] = {
     "pissa_converted": "PiSSA, converted by PEFT",
     "olora_converted": "OLoRA, converted by PEFT",
     "velora": "VeLoRA",
+    "monteclora": "MonteCLoRA",
     "experts": "`target_parameters`: fused experts",
     "experts_rslora": "the same with `use_rslora`",
     "experts_grouped": "the same with B grouped by expert (Unsloth)",

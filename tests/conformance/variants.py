@@ -267,7 +267,8 @@ CHANGED_BASES: tuple[Variant, ...] = (
             why_not=needs_linear_weights),
     Variant(name="pissa_converted", make=converted("pissa")),
     Variant(name="olora_converted", make=converted("olora"), why_not=needs_linear_weights),
-    Variant(name="velora", make=by_peft(lambda t: lora(t, velora_config=peft.tuners.lora.config.VeloraConfig())),
+    Variant(name="velora", make=plain(velora_config=peft.VeloraConfig()), why_not=needs_linear_weights),
+    Variant(name="monteclora", make=plain(monteclora_config=peft.MontecloraConfig(num_samples=2, buffer_size=2)),
             why_not=needs_linear_weights),
 )  # fmt: skip
 

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from adapters.adapter_ref import AdapterVersion
 from adapters.errors import AdapterRefused, RefusalCode
-from server import adapter_tokenizer
+from adapters.run_apart import LARGE
+from server import adapter_tokenizer, tokenizer_check
 from server.adapter_tokenizer import AdapterTokenizers, check_files, tokenizer_of
 from server.tokenizer import Tokenizer, TokenizerNotLoaded
 from tests.server.fakes import byte_fallback_tokenizer, byte_level_tokenizer, slow_tokenizer
@@ -129,6 +130,39 @@ def test_what_could_not_be_used_is_refused_when_it_is_loaded(files: dict[str, by
     with pytest.raises(AdapterRefused, match="adapter_corrupt") as refused:
         check_files(files_with() | files)
     assert refused.value.feature in files
+
+
+def test_a_large_one_is_tried_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library would hold Python's lock, and with it every stream."""
+    files = files_with("<|tool|>", config={"eos_token": "<|tool|>"})
+    for fields, why in (({}, None), ({"model": {"type": "none"}}, "no tokenizer can be made of tokenizer.json: ")):
+        parsed = {**json.loads(files["tokenizer.json"]), **fields}
+        large = json.dumps({**parsed, "padding": None}).encode() + b" " * LARGE
+        with monkeypatch.context() as patched:
+            patched.setattr(tokenizer_check, "answer", None)  # not in this process
+            if why is None:
+                check_files({**files, "tokenizer.json": large})
+            else:
+                with pytest.raises(AdapterRefused, match=why):
+                    check_files({**files, "tokenizer.json": large})
+    monkeypatch.setattr("adapters.run_apart.sys.executable", "/no/such/python")
+    with pytest.raises(AdapterRefused, match="no tokenizer can be made"):
+        check_files({**files, "tokenizer.json": large})  # where no process can be started
+
+
+def test_as_many_tokens_of_another_spelling_are_another_tokenizer() -> None:
+    base = byte_level_tokenizer()
+    assert base.fast is not None
+    fields = json.loads(base.fast.to_str())
+    last = max(fields["model"]["vocab"], key=lambda token: fields["model"]["vocab"][token])
+    fields["model"]["vocab"]["never seen"] = fields["model"]["vocab"].pop(last)
+    fields["model"]["merges"] = fields["model"]["merges"][:-1]
+    config = {name: base.special_tokens[name] for name in ("bos_token", "eos_token") if name in base.special_tokens}
+    own = tokenizer_of(
+        {"tokenizer.json": json.dumps(fields).encode(), "tokenizer_config.json": json.dumps(config).encode()}, base
+    )
+    assert own is not base and (own.vocab_size, own.max_id) == (base.vocab_size, base.max_id)
+    assert own.fast is not None and own.fast.token_to_id("never seen") is not None
 
 
 def test_what_can_be_used_is_not() -> None:

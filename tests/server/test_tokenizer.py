@@ -4,8 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from server.errors import BadRequest
 from server.tokenizer import Tokenizer, TokenizerNotLoaded
@@ -31,11 +33,11 @@ def test_text_comes_back(make) -> None:
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
-def test_part_of_a_character_has_its_bytes_and_shows_as_a_mark() -> None:
+def test_part_of_a_character_has_its_bytes_and_no_text_of_its_own() -> None:
     for tokenizer in (byte_level_tokenizer(), byte_fallback_tokenizer()):
         by_bytes = {tokenizer.token_bytes(token_id): token_id for token_id in range(tokenizer.max_id + 1)}
-        assert tokenizer.token_text(by_bytes[b"\xe2"]) == "\ufffd"
-        assert tokenizer.token_text(by_bytes[b" the"]) == " the"
+        assert tokenizer.whole_text(by_bytes[b"\xe2"]) is None
+        assert tokenizer.whole_text(by_bytes[b" the"]) == " the"
 
 
 @ALL
@@ -43,8 +45,15 @@ def test_unknown_ids_are_nothing(make) -> None:
     tokenizer = make()
     beyond = tokenizer.max_id + 1000
     if tokenizer.fast is not None:
-        assert (tokenizer.token_bytes(beyond), tokenizer.token_text(beyond)) == (b"", "")
+        assert (tokenizer.token_bytes(beyond), tokenizer.whole_text(beyond)) == (b"", "")
         assert tokenizer.decode([beyond]) == ""
+
+
+def test_ids_that_leave_some_out_are_counted() -> None:
+    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 7, "c": 3}, unk_token="a"))
+    fast.add_tokens(["d"])
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=fast))
+    assert (tokenizer.vocab_size, tokenizer.max_id) == (4, 7)
 
 
 def test_sizes_and_special_ids() -> None:

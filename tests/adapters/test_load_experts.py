@@ -10,11 +10,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from adapters.base_walk import modules_of
 from adapters.checkpoint import CheckpointLimits, LoadedAdapter, load_lora_model
 from adapters.errors import AdapterRefused, RefusalCode
-from tests.adapters.test_experts import MODELS, E, H, M, fresh
+from tests.adapters.test_experts import COMMON, MODELS, E, H, M, experts_of, fresh
 
 LAYER = "base_model.model.model.layers.0.mlp"
 LIMITS = CheckpointLimits(max_lora_rank=8, max_adapter_bytes=1 << 20)
@@ -216,3 +217,33 @@ def test_an_adapter_that_changes_nothing_is_said_to(case: str, tmp_path: Path) -
 def test_experts_whose_change_overflows_are_refused(tmp_path: Path) -> None:
     refused = refusal_of(saved(tmp_path, single("0.gate_proj", value=1e25)))
     assert (refused.reason, refused.tensor) == (RefusalCode.NONFINITE, "experts")
+
+
+def square() -> PreTrainedModel:
+    """down_proj [E, H, H]: no shape tells its inputs from its outputs."""
+    return MixtralForCausalLM(MixtralConfig(**COMMON, num_local_experts=E, intermediate_size=H))
+
+
+def test_square_experts_are_refused_unless_the_file_names_who_wrote_it(tmp_path: Path) -> None:
+    config = LoraConfig(r=R, lora_alpha=10, target_modules=[], target_parameters=["mlp.experts.down_proj"])
+    model = get_peft_model(fresh(square), config)
+    torch.manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.1 * torch.randn(parameter.shape)
+    model.save_pretrained(str(tmp_path))
+    base = modules_of(fresh(square))
+    (pairs,) = load_lora_model(tmp_path, base, limits=LIMITS, dtype=torch.float32).model.extras.experts.values()
+    assert pairs.down is not None
+    delta = torch.einsum("ero,eri->eoi", pairs.down.b, pairs.down.a)
+    before = experts_of(fresh(square)).down_proj.detach()
+    after = experts_of(model.merge_and_unload()).down_proj.detach()
+    torch.testing.assert_close(delta, after - before, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(delta, delta.transpose(1, 2), atol=1e-2), "it is no test of which side is which"
+    path = tmp_path / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    del fields["peft_version"]
+    path.write_text(json.dumps(fields))
+    with pytest.raises(AdapterRefused) as refused:
+        load_lora_model(tmp_path, base, limits=LIMITS, dtype=torch.float32)
+    assert refused.value.reason is RefusalCode.AMBIGUOUS_LAYOUT and refused.value.fix

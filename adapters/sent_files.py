@@ -10,8 +10,8 @@ from collections.abc import Collection
 from adapters.adapter_folder import INDEX_NAMES, MLX_WEIGHTS_NAME, TOKENIZER_FILES, WEIGHTS_NAME, AdapterFolder
 from adapters.lora_config import CONFIG_NAME
 from adapters.own_tokenizer import NAMES as READ_TOKENIZER_FILES
-from adapters.own_tokenizer import TOKENIZER_NAME
 from adapters.shard_index import MAX_SHARDS, shard_names
+from adapters.tokenizer_digest import TOKENIZER_NAME
 
 ACCEPTED = ", ".join(
     (CONFIG_NAME, WEIGHTS_NAME, MLX_WEIGHTS_NAME, *INDEX_NAMES, "shards (*.safetensors) that an index names")

@@ -6,7 +6,7 @@ from functools import partial
 
 from adapters.adapter_folder import AdapterFolder
 from adapters.checkpoint import LoadedAdapter
-from server.lifecycle.load_threads import NUM_THREADS, load_threads
+from server.lifecycle.load_threads import NUM_THREADS, load_threads, on_lent_core
 from server.lifecycle.sources.in_thread import in_thread
 from server.lifecycle.sources.sources import Progress, Sources
 
@@ -44,5 +44,5 @@ class SourceReader:
         async with self._sources.fetched(source, progress) as folder:
             on_fetched()
             async with self._reads:
-                work = partial(self._read, folder)
+                work = partial(on_lent_core, partial(self._read, folder))
                 return await in_thread(work, executor=self.threads, wait_if_cancelled=True)  # it reads what is closed

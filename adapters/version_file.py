@@ -167,13 +167,15 @@ def parse_layout(text: str) -> PackedLayout:
 
 def packed(modules: Mapping[str, LoRAWeights]) -> PackedModules:
     """The modules as the loader packs them: themselves, if it did."""
-    if isinstance(modules, PackedModules) and not modules:
-        return modules
-    (dtype,) = {tensor.dtype for weights in modules.values() for tensor in (weights.lora_a, weights.lora_b)}
-    shapes = ((name, w.lora_rank, w.lora_a.shape[1], w.lora_b.shape[1]) for name, w in modules.items())
+    if isinstance(modules, PackedModules):
+        dtype, places = modules.flat.dtype, modules.layout.places
+        if modules.layout.align * dtype.itemsize == ALIGNMENT:
+            return modules
+        shapes = [(name, each.lora_rank, each.in_features, each.out_features) for name, each in places.items()]
+    else:
+        (dtype,) = {tensor.dtype for weights in modules.values() for tensor in (weights.lora_a, weights.lora_b)}
+        shapes = [(name, w.lora_rank, w.lora_a.shape[1], w.lora_b.shape[1]) for name, w in modules.items()]
     layout = layout_of(shapes, align=ALIGNMENT // dtype.itemsize)
-    if isinstance(modules, PackedModules) and modules.layout is layout:
-        return modules
     ready = PackedModules(layout, HostMemory(0).empty(layout.num_elements, dtype=dtype))
     for name, weights in ready.items():
         weights.lora_a.copy_(modules[name].lora_a)

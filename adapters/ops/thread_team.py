@@ -217,7 +217,8 @@ class ThreadTeam:
 
     def _forget_helpers(self) -> None:
         """Threads do not come along into a forked process."""
-        self._helpers, self._owner, self._stepping = [], None, threading.Lock()
+        self._helpers, self._owner = [], None
+        self._stepping, self._lending = threading.Lock(), threading.Lock()
 
     def run(self, function: Kernel, arguments: KernelArguments, num_chunks: int) -> None:
         """Call `function(arguments, chunk)` for every chunk in [0, num_chunks); helpers join in inside `step`."""

@@ -43,6 +43,7 @@ class PackedLayout:
 
     places: Mapping[str, ModulePlace]
     num_elements: int
+    align: int  # elements: each A and B begins at a multiple of it
 
 
 class PackedModules(Mapping[str, LoRAWeights]):
@@ -93,7 +94,7 @@ class PackedModules(Mapping[str, LoRAWeights]):
         return len(self.layout.places)
 
 
-_layouts: WeakValueDictionary[tuple[tuple[str, ModulePlace], ...], PackedLayout] = WeakValueDictionary()
+_layouts: WeakValueDictionary[tuple[int, tuple[tuple[str, ModulePlace], ...]], PackedLayout] = WeakValueDictionary()
 _lock = Lock()  # adapters are read in several threads
 
 
@@ -113,9 +114,9 @@ def layout_of(shapes: Iterable[tuple[str, int, int, int]], *, align: int) -> Pac
         end = b_begin + _aligned(rank * out_features, align)
     key = tuple(places)
     with _lock:
-        layout = _layouts.get(key)
+        layout = _layouts.get((align, key))
         if layout is None:
-            layout = _layouts[key] = PackedLayout(MappingProxyType(dict(key)), end)
+            layout = _layouts[align, key] = PackedLayout(MappingProxyType(dict(key)), end, align)
         return layout
 
 

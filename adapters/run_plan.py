@@ -21,7 +21,8 @@ from adapters.host_memory import HostMemory
 from adapters.load_plan import LoadPlan
 from adapters.load_report import module_norms
 from adapters.packed_modules import PackedModules
-from adapters.run_extras import Kept, Sources, check_finite, run_extras
+from adapters.run_extras import check_finite, run_extras
+from adapters.run_sources import Kept, Sources
 from adapters.tensor_pieces import PIECE_BYTES, Piece, read_piece, tensor_in
 from adapters.tensor_runs import copy_run
 

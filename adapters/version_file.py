@@ -17,6 +17,7 @@ from sys import intern
 from types import MappingProxyType
 
 import torch
+import xxhash
 from torch import Tensor
 
 from adapters import extras_file
@@ -31,8 +32,8 @@ from adapters.safetensors_header import LENGTH_BYTES
 MAX_HEADER_BYTES = 16 << 20
 """A module takes some 60 bytes of it; a loaded adapter has at most 8192."""
 
-_FORMAT = "1"  # of adapters of pairs alone
-_WITH_EXTRAS = "2"  # both grow when what is prepared, or how, changes: files of another are as good as damaged
+_FORMAT = "3"  # of adapters of pairs alone
+_WITH_EXTRAS = "4"  # both grow when what is prepared, or how, changes: files of another are as good as damaged
 _SEAL = b'{"__metadata__":{"header_sha256":"'  # then 64 digits over what follows them
 _SEALED = len(_SEAL) + 64
 _PAGE = 4096  # data begin at a multiple of it
@@ -47,7 +48,7 @@ class VersionFile:
 
     header: bytes  # with its length before it
     data: memoryview  # [num_bytes] of the flat tensor, then of the extras
-    sha256: str  # of the data
+    digest: str  # of the data
 
     @property
     def num_bytes(self) -> int:
@@ -60,7 +61,7 @@ class _Declared:
 
     layout: PackedLayout
     dtype: torch.dtype
-    sha256: str
+    digest: str
     features: tuple[str, ...]
     delta_norms: Mapping[str, float] | None
     extras: str | None  # their table
@@ -71,12 +72,12 @@ def encode(model: LoRAModel, *, base_key: str) -> VersionFile:
     modules, has_extras = packed(model.modules), bool(model.extras)
     data = _bytes_of(_with_extras(modules.flat, model.extras) if has_extras else modules.flat)
     num_weights = modules.flat.numel() * modules.flat.itemsize
-    digest = hashlib.sha256(data).hexdigest()
+    digest = xxhash.xxh3_128_hexdigest(data)
     fields = {
         "format": _WITH_EXTRAS if has_extras else _FORMAT,
         "version": model.version,
         "base_key": base_key,
-        "sha256": digest,
+        "xxh3_128": digest,
         "features": _json(model.features),
         "delta_norms": _json(None if model.delta_norms is None else dict(model.delta_norms)),
         "layout": _layout_text(modules),
@@ -120,7 +121,7 @@ def read_version(
     if num_weights > data_bytes or (declared.extras is None and num_weights != data_bytes):
         raise VersionDamaged(f"it has {data_bytes} bytes of weights, where its header says {num_elements} · {dtype}")
     data = HostMemory(0).empty(data_bytes, dtype=torch.uint8)  # [data_bytes], given back with the adapter
-    if _fill(descriptor, _pieces(_bytes_of(data))) != declared.sha256:
+    if _fill(descriptor, _pieces(_bytes_of(data))) != declared.digest:
         raise VersionDamaged("its weights do not have the digest they were stored with")
     modules = PackedModules(declared.layout, data[:num_weights].view(dtype))
     extras = _extras(declared.extras, data[num_weights:], fingerprint)
@@ -154,7 +155,7 @@ def is_stored(descriptor: int, file: VersionFile) -> bool:
         header, data_bytes = _read_header(descriptor)
         if header != file.header[LENGTH_BYTES:] or data_bytes != len(file.data):
             return False
-        return _fill(descriptor, _scratch(data_bytes)) == file.sha256
+        return _fill(descriptor, _scratch(data_bytes)) == file.digest
     except VersionDamaged:
         return False
 
@@ -166,13 +167,15 @@ def parse_layout(text: str) -> PackedLayout:
 
 def packed(modules: Mapping[str, LoRAWeights]) -> PackedModules:
     """The modules as the loader packs them: themselves, if it did."""
-    if isinstance(modules, PackedModules) and not modules:
-        return modules
-    (dtype,) = {tensor.dtype for weights in modules.values() for tensor in (weights.lora_a, weights.lora_b)}
-    shapes = ((name, w.lora_rank, w.lora_a.shape[1], w.lora_b.shape[1]) for name, w in modules.items())
+    if isinstance(modules, PackedModules):
+        dtype, places = modules.flat.dtype, modules.layout.places
+        if modules.layout.align * dtype.itemsize == ALIGNMENT:
+            return modules
+        shapes = [(name, each.lora_rank, each.in_features, each.out_features) for name, each in places.items()]
+    else:
+        (dtype,) = {tensor.dtype for weights in modules.values() for tensor in (weights.lora_a, weights.lora_b)}
+        shapes = [(name, w.lora_rank, w.lora_a.shape[1], w.lora_b.shape[1]) for name, w in modules.items()]
     layout = layout_of(shapes, align=ALIGNMENT // dtype.itemsize)
-    if isinstance(modules, PackedModules) and modules.layout is layout:
-        return modules
     ready = PackedModules(layout, HostMemory(0).empty(layout.num_elements, dtype=dtype))
     for name, weights in ready.items():
         weights.lora_a.copy_(modules[name].lora_a)
@@ -230,7 +233,7 @@ def _parse(
         return _Declared(
             layout_from(fields["layout"]),
             _DTYPES[declared["weights"]["dtype"]],
-            fields["sha256"],
+            fields["xxh3_128"],
             tuple(map(intern, features)),
             None if norms is None else MappingProxyType({intern(kind): norm for kind, norm in norms.items()}),
             table,
@@ -240,8 +243,8 @@ def _parse(
 
 
 def _fill(descriptor: int, pieces: Iterable[memoryview]) -> str:
-    """Read all pieces full, one after the other; the SHA-256 of it all. Both let other threads run."""
-    digest = hashlib.sha256()
+    """Read all pieces full, one after the other; the digest of it all. Both let other threads run."""
+    digest = xxhash.xxh3_128()
     for piece in pieces:
         while piece:
             count = _read(descriptor, piece)

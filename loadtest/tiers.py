@@ -1,4 +1,4 @@
-"""What adapters on disk, in host memory and on the device cost: six figures, each a ratio of two sides of one run.
+"""What adapters on disk, in host memory and on the device cost: seven figures, each a ratio of two sides of one run.
 
 Knows how each is measured and its bound; nothing of tables. Every figure proves from the server's metrics that what it
 compares took place.
@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,14 @@ class Tiers:
         """Eight streams of eight adapters, alone and while others are loaded over HTTP."""
         folders = self._weights.peft_adapters(8 + 40)
         return self._on("beside", lambda url: loads_beside(url, folders, self._rounds))
+
+    def loads_beside_spare(self) -> Requirement:
+        """The same on a server that decodes on all cores but one, alone too: what loads cost where there is a core for
+        them."""
+        folders = self._weights.peft_adapters(8 + 40)
+        threads = max(1, len(os.sched_getaffinity(0)) - 1)
+        measure = partial(loads_beside, folders=folders, rounds=self._rounds, where=", both with a core to spare")
+        return self._on("beside-spare", measure, "--cpu-threads", str(threads))
 
     def cold_loads_beside(self) -> Requirement:
         """The same streams, alone and while others that are on disk are asked for; host memory holds few of those."""

@@ -21,7 +21,7 @@ Begin = Callable[[int], Coroutine[Any, Any, object]]
 _STREAMS, _TOKENS, _A_SECOND, _BOUND = 8, 250, 10, 1.3
 
 
-async def loads_beside(url: str, folders: Sequence[Path], rounds: int) -> Requirement:
+async def loads_beside(url: str, folders: Sequence[Path], rounds: int, where: str = "") -> Requirement:
     """The first eight decode; the rest replace one another under four names."""
     sources = [str(folder) for folder in folders[_STREAMS:]]
     async with asker(url) as one:
@@ -30,7 +30,7 @@ async def loads_beside(url: str, folders: Sequence[Path], rounds: int) -> Requir
         def begin(number: int) -> Coroutine[Any, Any, object]:
             return one.load(f"beside{number % 4}", sources[number % len(sources)])
 
-        what = f"ITL p99 of 8 streams beside {_A_SECOND} loads of 10 MB a second over HTTP, over alone"
+        what = f"ITL p99 of 8 streams beside {_A_SECOND} loads of 10 MB a second over HTTP, over alone{where}"
         return await _compared(one, folders, rounds, (begin, None), tier_proofs.loads_done, what)
 
 

@@ -14,7 +14,15 @@ from loadtest.tiers import Tiers
 
 HELP = "adapters on disk, in memory and on the device: cold starts, loads beside traffic, more than fit"
 
-CELLS = ("cold_start", "loads_beside", "cold_loads_beside", "larger_than_device", "many_registered", "pool_use")
+CELLS = (
+    "cold_start",
+    "loads_beside",
+    "loads_beside_spare",
+    "cold_loads_beside",
+    "larger_than_device",
+    "many_registered",
+    "pool_use",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

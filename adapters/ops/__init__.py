@@ -1,6 +1,7 @@
 """Operations in their implementations, one per file, and the choice between them by device."""
 
 import importlib
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import cast
 
@@ -20,6 +21,7 @@ __all__ = [
     "LoRAPools",
     "RowTarget",
     "RowWriter",
+    "lent_core",
     "product",
     "select",
     "select_affine",
@@ -55,3 +57,11 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     """x [num_rows, in] · weight [out, in]ᵀ, float32 [num_rows, out]; a row's bits depend on nothing but the row."""
     where = importlib.import_module(_CPU_PRODUCT) if x.device.type == "cpu" else reference_product
     return cast(Tensor, where.product(x, weight))
+
+
+def lent_core() -> AbstractContextManager[None]:
+    """Inside, decoding leaves one of its cores to the calling thread, if it has several."""
+    if find_spec("numba") is None:
+        return nullcontext()
+    team = importlib.import_module("adapters.ops.thread_team").current_team()
+    return cast(AbstractContextManager[None], team.lent_core())

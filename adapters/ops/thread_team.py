@@ -31,7 +31,7 @@ from adapters.ops.numba_kernels import entry_point, kernel
 # Fields of the shared state, each on a cache line of its own. CLAIM holds (number of chunks << 32 | next chunk): one
 # atomic addition gives a thread a chunk of the very call the other half of the word describes.
 _LINE = 16  # int64: two cache lines, since processors fetch them in pairs
-_CLAIM, _DONE, _CALL, _IS_OPEN, _IS_CLOSED, _SEMAPHORE = (i * _LINE for i in range(6))
+_CLAIM, _DONE, _CALL, _IS_OPEN, _IS_CLOSED, _SEMAPHORE, _WANTED = (i * _LINE for i in range(7))
 _NEXT_CHUNK = 0xFFFFFFFF
 _SPINS_BEFORE_YIELD = 64  # about a microsecond
 _CALL_FIELDS = 3
@@ -123,12 +123,13 @@ def _run_all(state, calls, num_calls):  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def _serve(state):  # type: ignore[no-untyped-def]
-    """The life of a helping thread: asleep between steps, claiming chunks or waiting for some within one."""
+def _serve(state, number):  # type: ignore[no-untyped-def]
+    """The life of a helping thread: asleep between steps, and while its core is lent; claiming chunks or waiting for
+    some within one."""
     while True:
         _sem_wait(state + 8 * _SEMAPHORE)
         spins = 0
-        while load(state + 8 * _IS_OPEN) != 0:
+        while load(state + 8 * _IS_OPEN) != 0 and number < load(state + 8 * _WANTED):
             if _work(state):
                 spins = 0
             spins += 1
@@ -184,11 +185,13 @@ class ThreadTeam:
         self.num_threads = num_threads if sys.platform == "linux" else 1
         int64 = types.int64
         self._memory = np.zeros(8 * _LINE, np.int64)
+        self._memory[_WANTED] = num_threads - 1
         self._state = self._memory.ctypes.data
         self._run = entry_point(_run, (int64,) * 4)
         self._run_all = entry_point(_run_all, (int64,) * 3)
         self._owner: int | None = None  # the thread inside `step`
         self._stepping = threading.Lock()
+        self._num_lent, self._lending = 0, threading.Lock()
         self._helpers: list[threading.Thread] = []
         if self.num_threads > 1:
             self._start()
@@ -200,11 +203,13 @@ class ThreadTeam:
     def _start(self) -> None:
         int64 = types.int64
         entry_point(_prepare, (int64,))(self._state)
-        serve = entry_point(_serve, (int64,))
+        serve = entry_point(_serve, (int64, int64))
         self._open = entry_point(_open, (int64, int64, int64))
         self._close = entry_point(_close, (int64, int64))
         for number in range(self._num_helpers):
-            thread = threading.Thread(target=serve, args=(self._state,), name=f"kernels-{number + 1}", daemon=True)
+            thread = threading.Thread(
+                target=serve, args=(self._state, number), name=f"kernels-{number + 1}", daemon=True
+            )
             thread.start()
             self._helpers.append(thread)
         atexit.register(self.close)
@@ -212,7 +217,8 @@ class ThreadTeam:
 
     def _forget_helpers(self) -> None:
         """Threads do not come along into a forked process."""
-        self._helpers, self._owner, self._stepping = [], None, threading.Lock()
+        self._helpers, self._owner = [], None
+        self._stepping, self._lending = threading.Lock(), threading.Lock()
 
     def run(self, function: Kernel, arguments: KernelArguments, num_chunks: int) -> None:
         """Call `function(arguments, chunk)` for every chunk in [0, num_chunks); helpers join in inside `step`."""
@@ -236,13 +242,27 @@ class ThreadTeam:
             yield
             return
         try:
-            self._open(self._state, self._num_helpers, 1)
+            self._open(self._state, int(self._memory[_WANTED]), 1)
             self._owner = threading.get_ident()
             yield
         finally:
             self._owner = None
             self._open(self._state, self._num_helpers, 0)
             self._stepping.release()
+
+    @contextmanager
+    def lent_core(self) -> Iterator[None]:
+        """Keep one helper asleep inside, also from within a step, so that the calling thread has its core."""
+        self._lend(1)
+        try:
+            yield
+        finally:
+            self._lend(-1)
+
+    def _lend(self, more: int) -> None:
+        with self._lending:
+            self._num_lent += more
+            self._memory[_WANTED] = max(0, self._num_helpers - self._num_lent)
 
     def close(self) -> None:
         """End the helping threads after the step under way; the caller can go on alone."""

@@ -28,6 +28,7 @@ from server.lifecycle.errors import AdapterLoadCancelled
 from server.lifecycle.failed_loads import FailedLoads
 from server.lifecycle.host_tier import HostTier
 from server.lifecycle.load_job import AdapterLoad, LoadJob, LoadOutcome, LoadStage, ProgressUnit
+from server.lifecycle.load_threads import on_lent_core
 from server.lifecycle.pending_load import accepted_by, announced, parse_pending, pending_text
 from server.lifecycle.source_reader import SourceReader
 from server.lifecycle.sources.in_thread import in_thread
@@ -195,7 +196,7 @@ class AdapterLoader:
         self._outcome(wanted, version)  # refused before anything is kept
         try:
             async with self._locks.of(version):
-                put = partial(self._store.put, loaded.model)
+                put = partial(on_lent_core, partial(self._store.put, loaded.model))
                 await in_thread(put, executor=self._sources.threads, wait_if_cancelled=True)
                 await self._host.put(loaded.model)
                 if wanted.pin:

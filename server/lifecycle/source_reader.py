@@ -9,7 +9,7 @@ from adapters.adapter_folder import AdapterFolder
 from adapters.checkpoint import LoadedAdapter
 from adapters.read_options import ReadOptions
 from server.lifecycle.load_job import ProgressUnit
-from server.lifecycle.load_threads import NUM_THREADS, load_threads
+from server.lifecycle.load_threads import NUM_THREADS, load_threads, on_lent_core
 from server.lifecycle.sources.in_thread import in_thread
 from server.lifecycle.sources.source_options import split_options
 from server.lifecycle.sources.sources import Sources
@@ -62,6 +62,7 @@ class SourceReader:
             on_fetched()
             async with self._reads:
                 with ThreadReports(partial(progress, ProgressUnit.NORMS)) as reports:
-                    work = partial(self._read, folder, options=options, progress=reports.from_thread)
+                    read = partial(self._read, folder, options=options, progress=reports.from_thread)
+                    work = partial(on_lent_core, read)
                     # it reads what is closed
                     return await in_thread(work, executor=self.threads, wait_if_cancelled=True)

@@ -5,6 +5,7 @@ Knows where versions came from, from the directory, and nothing of names' record
 
 import asyncio
 import logging
+from functools import partial
 
 from adapters.adapter_ref import AdapterVersion
 from adapters.errors import AdapterError, VersionDamaged, VersionStoreFailed, VersionStoreFull
@@ -12,6 +13,7 @@ from adapters.lora_model import LoRAModel
 from adapters.version_store import VersionStore
 from server.lifecycle.directory import AdapterDirectory
 from server.lifecycle.errors import SourceChanged
+from server.lifecycle.load_threads import on_lent_core
 from server.lifecycle.source_reader import SourceReader
 
 logger = logging.getLogger(__name__)
@@ -26,14 +28,14 @@ class StoredVersions:
     async def read(self, version: AdapterVersion) -> LoRAModel:
         """Raises AdapterError."""
         try:
-            return await asyncio.to_thread(self._store.read, version)
+            return await asyncio.to_thread(on_lent_core, partial(self._store.read, version))
         except KeyError:
             pass
         except (VersionDamaged, VersionStoreFailed) as error:
             logger.error("%s; it is read from its source again", error)
         model = await self._from_source(version)
         try:  # without the version's lock: whoever holds it may wait for this read
-            await asyncio.to_thread(self._store.put, model)
+            await asyncio.to_thread(on_lent_core, partial(self._store.put, model))
         except (VersionStoreFull, VersionStoreFailed) as error:
             logger.error("version %s is served from memory only: %s", version[:12], error)
         return model

@@ -100,7 +100,7 @@ def test_a_plain_adapter_is_stored_as_before(store: VersionStore, tmp_path: Path
     store.put(model_of(0))
     data = next(tmp_path.rglob("*.safetensors")).read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    assert header["__metadata__"]["format"] == "1" and header.keys() == {"__metadata__", "weights"}
+    assert header["__metadata__"]["format"] == "3" and header.keys() == {"__metadata__", "weights"}
     assert store.read(version_of(0)).extras is NO_EXTRAS
 
 

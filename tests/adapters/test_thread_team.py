@@ -1,11 +1,12 @@
 """A team runs every chunk once, with helpers awake, asleep, late or gone."""
 
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from numba import carray
+from numba import carray, types
 
 from adapters.ops import thread_team
 from adapters.ops.bf16 import pointer
@@ -13,6 +14,7 @@ from adapters.ops.chunk_kernel import chunk_kernel
 from adapters.ops.thread_team import KernelArguments, ThreadTeam, current_team, start_team
 
 NUM_CHUNKS = 40
+_this_thread = types.ExternalFunction("pthread_self", types.int64())
 
 
 @chunk_kernel()
@@ -23,6 +25,15 @@ def _count(arguments, chunk):  # type: ignore[no-untyped-def]
     for _ in range(300):
         value = np.sqrt(value + 1.0)
     counts[chunk] += 1 + np.int64(value < 0)
+
+
+@chunk_kernel()
+def _note(arguments, chunk):  # type: ignore[no-untyped-def]
+    """ran_by[chunk] = this thread, after some work."""
+    value = np.float64(chunk)
+    for _ in range(300):
+        value = np.sqrt(value + 1.0)
+    carray(pointer(arguments), NUM_CHUNKS, np.int64)[chunk] = _this_thread() + np.int64(value < 0)
 
 
 @pytest.fixture
@@ -86,6 +97,46 @@ def test_a_step_that_raises_lets_the_helpers_sleep(team: ThreadTeam) -> None:
     with team.step():
         run(team, counts)
     assert (counts == 1).all()
+
+
+def workers(team: ThreadTeam, num_calls: int) -> set[int]:
+    """The threads that ran a chunk, but for this one."""
+    ran_by, found = np.zeros(NUM_CHUNKS, np.int64), set[int]()
+    with team.step():
+        for _ in range(num_calls):
+            team.run(_note.address, KernelArguments(ran_by), NUM_CHUNKS)
+            found |= set(ran_by.tolist())
+    return found - {threading.get_ident()}
+
+
+def all_at_work(team: ThreadTeam) -> set[int]:
+    """Waits until every helper has had a chunk, as each must where cores are busy, too."""
+    found, deadline = set[int](), time.monotonic() + 30
+    while len(found) < team.num_threads - 1 and time.monotonic() < deadline:
+        found |= workers(team, 20)
+    return found
+
+
+def test_a_lent_core_has_no_helper_on_it(team: ThreadTeam) -> None:
+    helpers = all_at_work(team)
+    assert len(helpers) == 2
+    with team.lent_core():
+        workers(team, 1)  # whoever was in a chunk has ended it
+        assert len(workers(team, 300)) <= 1
+        with team.lent_core(), team.lent_core():  # one more than there are
+            workers(team, 1)
+            assert workers(team, 300) == set()
+    assert all_at_work(team) == helpers
+
+
+def test_a_core_can_be_lent_from_within_a_step(team: ThreadTeam) -> None:
+    counts = np.zeros(NUM_CHUNKS, np.int64)
+    with team.step():
+        with team.lent_core():
+            for _ in range(100):
+                run(team, counts)
+        run(team, counts)
+    assert (counts == 101).all()
 
 
 def test_the_process_has_one_team() -> None:

@@ -105,15 +105,15 @@ class AdapterExtras:
     def num_bytes(self) -> int:
         """Of all tensors and files, and of the vectors that the layers make when it is loaded."""
         in_files = sum(map(len, self.tokenizer_files.values()))
-        return in_files + sum(map(_num_bytes, self.tensors())) + self._num_vector_bytes
+        return in_files + sum(map(_num_bytes, self.tensors())) + self.num_vector_bytes
 
     @property
     def num_applied_bytes(self) -> int:
         """Of what the layers apply."""
-        return sum(map(_num_bytes, self._whole_tensors())) + self._num_vector_bytes
+        return sum(map(_num_bytes, self._whole_tensors())) + self.num_vector_bytes
 
     @property
-    def _num_vector_bytes(self) -> int:
+    def num_vector_bytes(self) -> int:
         """Two vectors for all outputs that are scaled, shifted or a replaced norm's, one for scaled inputs: float32, in
         whole pieces of 16 bytes (applied_extras.py). A norm that is computed anew takes no more."""
         outputs = {**self.biases, **self.gains}

@@ -36,7 +36,7 @@ class LoadReport:
     base_model: str | None  # as the adapter declares it
     stored_dtypes: tuple[str, ...]
     parts: Mapping[str, int] = field(default_factory=dict)  # what there is besides pairs → how many of it
-    part_bytes: Mapping[str, int] = field(default_factory=dict)
+    part_bytes: Mapping[str, int] = field(default_factory=dict)  # also "applied": vectors made of gains, biases, norms
     gain_ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # module kind → least and greatest
     vocab_size: int | None = None  # where it is not the base's
     dropped: tuple[str, ...] = ()  # tensors that change nothing
@@ -134,6 +134,9 @@ def report_of(
 ) -> LoadReport:
     """`routers`: the modules of the base that are."""
     counts, parts = Counter(kind_of(name) for name in model.modules), _parts_of(model, routers)
+    part_bytes = {part: num_bytes for part, (_, num_bytes) in parts.items()}
+    if model.extras.num_vector_bytes:
+        part_bytes["applied"] = model.extras.num_vector_bytes
     return LoadReport(
         modules=dict(sorted(counts.items())),
         num_params=num_params,
@@ -145,7 +148,7 @@ def report_of(
         base_model=base_model,
         stored_dtypes=tuple(sorted(set(stored_dtypes))),
         parts={part: count for part, (count, _) in parts.items()},
-        part_bytes={part: num_bytes for part, (_, num_bytes) in parts.items()},
+        part_bytes=part_bytes,
         gain_ranges=_gain_ranges(model.extras.gains),
         vocab_size=model.extras.vocab_size,
         dropped=tuple(dropped),

@@ -19,7 +19,7 @@ from adapters.errors import AdapterOptionInvalid, AdapterRefused, RefusalCode
 from adapters.lora_config import CONFIG_NAME
 from adapters.plan_cache import PlanCache
 from adapters.read_options import MAX_PATTERN_CHARS, MAX_PATTERNS, ReadOptions, ignored_among
-from adapters.weight_files import MAX_SHARDS
+from adapters.shard_index import MAX_SHARDS
 from tests.adapters.hostile import WEIGHTS, draft, healthy, write_config
 from tests.adapters.test_experts import MODELS, E, H, M
 from tests.adapters.test_load_experts import R, trained

@@ -19,8 +19,8 @@ IntArray32 = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExtraRows:
-    """The rows that use one adapter with one weight. `is_alone`: none of them uses another adapter of the same kind of
-    features."""
+    """Rows that use one adapter with one weight, no two alike. `is_alone`: none uses another adapter of the same
+    kind of features."""
 
     start: int
     weight: float
@@ -34,7 +34,7 @@ class ExtrasBatch:
 
     features: StepFeature
     affine_tokens: IntArray32  # [num_affine] tokens that an adapter with affine vectors acts on
-    tokens: tuple[ExtraRows, ...]  # adapters with features that are hosted by token
+    tokens: tuple[ExtraRows, ...]  # adapters with features that are hosted by token, those of a token as it names them
     kept: tuple[ExtraRows, ...]  # adapters with a head, by the rows of the head's input
     num_head_rows: int
     foreign_ids: tuple[tuple[int, int], ...] = ()  # (token, id) beyond the base's embedding; `input_ids` has 0 there
@@ -78,17 +78,18 @@ def _tokens_with(lora: LoRABatch, wants: IntArray, feature: StepFeature) -> IntA
 
 
 def _by_adapter(lora: LoRABatch, wants: IntArray, feature: StepFeature, tokens: IntArray) -> tuple[ExtraRows, ...]:
-    """The places of `tokens` whose adapters have the feature, by adapter and weight."""
-    found: defaultdict[tuple[int, float, bool], list[int]] = defaultdict(list)
+    """The places of `tokens` whose adapters have the feature: by adapter and weight, and by its place among those of a
+    token, since sums depend on the order and a token's are not to depend on its neighbours."""
+    found: defaultdict[tuple[int, int, float, bool], list[int]] = defaultdict(list)
     has_it = (wants[lora.starts] & int(feature)) != 0  # [nnz]
     if not has_it.any():
         return ()
     for place, token in enumerate(tokens.tolist()):
         entries = range(int(lora.indptr[token]), int(lora.indptr[token + 1]))
         wanted = [entry for entry in entries if has_it[entry]]
-        for entry in wanted:
-            found[int(lora.starts[entry]), float(lora.weights[entry]), len(wanted) == 1].append(place)
+        for number, entry in enumerate(wanted):
+            found[number, int(lora.starts[entry]), float(lora.weights[entry]), len(wanted) == 1].append(place)
     return tuple(
         ExtraRows(start, weight, np.array(places, np.int64), is_alone)
-        for (start, weight, is_alone), places in found.items()
+        for (_, start, weight, is_alone), places in sorted(found.items(), key=lambda item: item[0][0])
     )

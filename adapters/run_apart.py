@@ -1,5 +1,5 @@
 """Runs a function on bytes in a process of its own: for what would hold this interpreter's lock, and with it every
-stream, until it is done.
+stream, until it is done, or could end the process.
 
 Of that process one answer is taken, bytes like any others. Knows nothing of what it computes.
 """
@@ -21,8 +21,12 @@ _PROGRAM = (
 )
 
 
+class DiedApart(Exception):
+    """The process was ended, or came to no end: what it was given is not to be tried in this one."""
+
+
 def run_apart(module: str, data: bytes) -> bytes | None:
-    """What `module.answer(data)` returns; None when no process could be started, or it came to no end."""
+    """What `module.answer(data)` returns; None when no process could be started, or it raised. Raises DiedApart."""
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as answer:  # a pipe is filled by 512 bytes a turn
         given.write(data)
         given.seek(0)
@@ -31,7 +35,11 @@ def run_apart(module: str, data: bytes) -> bytes | None:
             ended = subprocess.run(
                 command, stdin=given, stdout=answer, stderr=subprocess.DEVNULL, timeout=_WALL_SECONDS, check=False
             )
-        except (OSError, subprocess.TimeoutExpired):
+        except OSError:
             return None
+        except subprocess.TimeoutExpired:
+            raise DiedApart(f"it took longer than {_WALL_SECONDS} s") from None
+        if ended.returncode < 0:
+            raise DiedApart(f"the process that did was ended by signal {-ended.returncode}")
         answer.seek(0)
         return answer.read(_MAX_ANSWER_BYTES) if ended.returncode == 0 else None

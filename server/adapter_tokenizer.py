@@ -108,12 +108,10 @@ def check_files(files: Mapping[str, bytes]) -> None:
 
 
 def _tried(tokenizer_json: bytes) -> bytes:
-    """Itself, or if it is large one to try out what stands beside it, after it was tried in a process of its own."""
-    if len(tokenizer_json) <= LARGE:
-        return tokenizer_json
+    """Itself after it was tried in a process of its own, or if it is large one to try out what stands beside it."""
     if (why := why_unreadable(tokenizer_json)) is not None:
         raise ValueError(why)
-    return _ONE_TOKEN
+    return tokenizer_json if len(tokenizer_json) <= LARGE else _ONE_TOKEN
 
 
 def _config(files: Mapping[str, bytes]) -> Mapping[str, Any]:

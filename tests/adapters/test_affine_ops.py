@@ -215,3 +215,14 @@ def test_rows_are_told_by_adapter_and_weight() -> None:
     assert tokens == {(0, 1.0, True): [0, 4], (0, 1.0, False): [1, 2], (3, 0.5, False): [1, 2]}
     kept = {(rows.start, rows.weight, rows.is_alone): rows.rows.tolist() for rows in got.kept}
     assert kept == {(0, 1.0, True): [0, 1]}
+
+
+def test_a_token_s_adapters_come_in_its_own_order_whoever_came_before() -> None:
+    ranges: list[RowRanges] = [((5, 0.5), (0, 1.0)), ((0, 1.0), (3, 1.0), (5, 0.5)), ((0, 1.0), (0, 1.0))]
+    lora = LoRABatch.build([1, 1, 1], ranges, min_segment=9)
+    assert lora is not None
+    got = ExtrasBatch.build(lora, np.arange(0), lambda _: StepFeature.EXPERTS, lambda _: None)
+    assert got is not None
+    for token, entries in enumerate(ranges):
+        assert tuple((part.start, part.weight) for part in got.tokens for row in part.rows if row == token) == entries
+    assert all(len(set(part.rows.tolist())) == len(part.rows) for part in got.tokens)

@@ -150,6 +150,17 @@ def test_a_large_one_is_tried_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         check_files({**files, "tokenizer.json": large})  # where no process can be started
 
 
+@pytest.mark.parametrize("length", [200_000, 2 * LARGE])
+def test_one_that_overflows_the_library_s_stack_is_refused(length: int) -> None:
+    """A unigram model is freed character by character of its longest piece, within each other."""
+    fields = json.loads(files_with("<|tool|>")["tokenizer.json"])
+    vocab = [["<unk>", 0.0], ["a" * length, 0.0]]
+    deep = json.dumps({**fields, "added_tokens": [], "model": {"type": "Unigram", "unk_id": 0, "vocab": vocab}})
+    with pytest.raises(AdapterRefused, match="no tokenizer can be made of tokenizer.json: it could not be read") as no:
+        check_files({"tokenizer.json": deep.encode()})
+    assert no.value.reason is RefusalCode.CORRUPT
+
+
 def test_as_many_tokens_of_another_spelling_are_another_tokenizer() -> None:
     base = byte_level_tokenizer()
     assert base.fast is not None

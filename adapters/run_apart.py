@@ -1,5 +1,5 @@
 """Runs a function on bytes in a process of its own: for what would hold this interpreter's lock, and with it every
-stream, until it is done.
+stream, until it is done, and for what may end the process that it runs in.
 
 Of that process one answer is taken, bytes like any others. Knows nothing of what it computes.
 """
@@ -21,17 +21,30 @@ _PROGRAM = (
 )
 
 
+class CameToNoEnd(Exception):
+    """The process was started and gave no answer; the message says how it ended."""
+
+
 def run_apart(module: str, data: bytes) -> bytes | None:
-    """What `module.answer(data)` returns; None when no process could be started, or it came to no end."""
+    """What `module.answer(data)` returns; None when no process could be started. Raises CameToNoEnd."""
+    try:
+        return _answer(module, data)
+    except subprocess.TimeoutExpired:
+        raise CameToNoEnd(f"no end within {_WALL_SECONDS} s") from None
+    except OSError:
+        return None
+
+
+def _answer(module: str, data: bytes) -> bytes:
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as answer:  # a pipe is filled by 512 bytes a turn
         given.write(data)
         given.seek(0)
         command = [sys.executable, "-I", "-c", _PROGRAM, str(_ROOT), module]
-        try:
-            ended = subprocess.run(
-                command, stdin=given, stdout=answer, stderr=subprocess.DEVNULL, timeout=_WALL_SECONDS, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
+        ended = subprocess.run(
+            command, stdin=given, stdout=answer, stderr=subprocess.DEVNULL, timeout=_WALL_SECONDS, check=False
+        )
+        if ended.returncode != 0:
+            how = f"signal {-ended.returncode}" if ended.returncode < 0 else f"status {ended.returncode}"
+            raise CameToNoEnd(f"its process ended with {how}")
         answer.seek(0)
-        return answer.read(_MAX_ANSWER_BYTES) if ended.returncode == 0 else None
+        return answer.read(_MAX_ANSWER_BYTES)

@@ -1,23 +1,26 @@
-"""Whether the Rust library can make a tokenizer of a large file, asked in a process of its own: the library holds the
-interpreter's lock meanwhile, a second for 20 MB.
+"""Whether the Rust library can make a tokenizer of a file, asked in a process of its own: the library holds the
+interpreter's lock meanwhile, a second for 20 MB, and there are files that it panics at, or that end its process.
 
 Knows no adapter.
 """
 
 import tokenizers
 
-from adapters.run_apart import run_apart
+from adapters.run_apart import CameToNoEnd, run_apart
 
 
 def why_unreadable(data: bytes) -> str | None:
     """What is wrong with the tokenizer.json `data`; None when it can be used."""
-    said = run_apart(__name__, data)
+    try:
+        said = run_apart(__name__, data)
+    except CameToNoEnd as error:
+        return f"the library does not survive reading it ({error})"
     return (answer(data) if said is None else said).decode(errors="replace") or None
 
 
 def answer(data: bytes) -> bytes:
     try:
         tokenizers.Tokenizer.from_buffer(data)
-    except Exception as error:  # what the library raises has no class of its own
+    except BaseException as error:  # what the library raises has no class of its own, and of its panics no Exception
         return (str(error) or type(error).__name__).encode()
     return b""

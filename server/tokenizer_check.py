@@ -1,12 +1,16 @@
-"""Whether the Rust library can make a tokenizer of a file, asked in a process of its own: the library holds the
+"""Whether the Rust library can make and use a tokenizer of a file, asked in a process of its own: the library holds the
 interpreter's lock meanwhile, a second for 20 MB, and there are files that it panics at, or that end its process.
 
 Knows no adapter.
 """
 
+from contextlib import suppress
+
 import tokenizers
 
 from adapters.run_apart import CameToNoEnd, run_apart
+
+_TEXT = "a b\n é"
 
 
 def why_unreadable(data: bytes) -> str | None:
@@ -20,7 +24,11 @@ def why_unreadable(data: bytes) -> str | None:
 
 def answer(data: bytes) -> bytes:
     try:
-        tokenizers.Tokenizer.from_buffer(data)
+        made = tokenizers.Tokenizer.from_buffer(data)
+        made.no_padding()
+        made.no_truncation()
+        with suppress(Exception):  # of this text: another may do
+            made.decode(made.encode(_TEXT).ids)
     except BaseException as error:  # what the library raises has no class of its own, and of its panics no Exception
         return (str(error) or type(error).__name__).encode()
     return b""

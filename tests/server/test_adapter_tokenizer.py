@@ -166,7 +166,13 @@ ENDS_THE_PROCESS = {
 
 
 @pytest.mark.parametrize(
-    "fields", [{"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AA=="}}, {"model": ENDS_THE_PROCESS}]
+    "fields",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AA=="}},
+        {"model": ENDS_THE_PROCESS},
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},  # at any text
+        {"decoder": {"type": "Strip", "content": "a", "start": 99, "stop": 99}},  # at any token
+    ],
 )
 @pytest.mark.parametrize("num_blanks", [0, LARGE])
 def test_what_the_library_panics_at_is_refused(fields: dict[str, Any], num_blanks: int) -> None:

@@ -29,11 +29,9 @@ from adapters.ops.chunk_kernel import Kernel
 from adapters.ops.numba_kernels import entry_point, kernel
 
 # Fields of the shared state, each on a cache line of its own. CLAIM holds (number of chunks << 32 | next chunk): one
-# atomic addition gives a thread a chunk of the very call the other half of the word describes. Each helper sleeps in
-# a semaphore of its own, the first in SEMAPHORES: of several in one, the kernel wakes whoever slept longest, who may be
-# the one whose core is lent.
+# atomic addition gives a thread a chunk of the very call the other half of the word describes.
 _LINE = 16  # int64: two cache lines, since processors fetch them in pairs
-_CLAIM, _DONE, _CALL, _IS_OPEN, _IS_CLOSED, _WANTED, _SEMAPHORES = (i * _LINE for i in range(7))
+_CLAIM, _DONE, _CALL, _IS_OPEN, _IS_CLOSED, _WANTED, _SEMAPHORES = (i * _LINE for i in range(7))  # one a helper, last
 _NEXT_CHUNK = 0xFFFFFFFF
 _SPINS_BEFORE_YIELD = 64  # about a microsecond
 _CALL_FIELDS = 3
@@ -124,17 +122,12 @@ def _run_all(state, calls, num_calls):  # type: ignore[no-untyped-def]
         _run(state, load(at), load(at + 8), load(at + 16))
 
 
-@numba.njit(nogil=True)
-def _semaphore(state, number):  # type: ignore[no-untyped-def]
-    return state + 8 * (_SEMAPHORES + number * _LINE)
-
-
 @kernel()
 def _serve(state, number):  # type: ignore[no-untyped-def]
     """The life of a helping thread: asleep between steps, and while its core is lent; claiming chunks or waiting for
     some within one."""
     while True:
-        _sem_wait(_semaphore(state, number))
+        _sem_wait(state + 8 * (_SEMAPHORES + number * _LINE))
         spins = 0
         while load(state + 8 * _IS_OPEN) != 0 and number < load(state + 8 * _WANTED):
             if _work(state):
@@ -153,20 +146,20 @@ def _open(state, num_helpers, is_open):  # type: ignore[no-untyped-def]
     store(state + 8 * _IS_OPEN, is_open)
     if is_open:
         for number in range(num_helpers):
-            _sem_post(_semaphore(state, number))
+            _sem_post(state + 8 * (_SEMAPHORES + number * _LINE))
 
 
 @kernel()
 def _prepare(state, num_helpers):  # type: ignore[no-untyped-def]
     for number in range(num_helpers):
-        _sem_init(_semaphore(state, number), np.int32(0), np.uint32(0))
+        _sem_init(state + 8 * (_SEMAPHORES + number * _LINE), np.int32(0), np.uint32(0))
 
 
 @kernel()
 def _close(state, num_helpers):  # type: ignore[no-untyped-def]
     store(state + 8 * _IS_CLOSED, 1)
     for number in range(num_helpers):
-        _sem_post(_semaphore(state, number))
+        _sem_post(state + 8 * (_SEMAPHORES + number * _LINE))
 
 
 Watcher = Callable[[Kernel, KernelArguments, int], None]
@@ -192,7 +185,7 @@ class ThreadTeam:
         # Only Linux has semaphores in plain memory; elsewhere the caller works alone.
         self.num_threads = num_threads if sys.platform == "linux" else 1
         int64 = types.int64
-        self._memory = np.zeros(_SEMAPHORES + self.num_threads * _LINE, np.int64)
+        self._memory = np.zeros(_SEMAPHORES + num_threads * _LINE, np.int64)
         self._memory[_WANTED] = num_threads - 1
         self._state = self._memory.ctypes.data
         self._run = entry_point(_run, (int64,) * 4)

@@ -129,28 +129,18 @@ def test_a_lent_core_has_no_helper_on_it(team: ThreadTeam) -> None:
     assert all_at_work(team) == helpers
 
 
-def test_a_lent_core_takes_no_other_helpers_turn() -> None:
-    """Whoever must sleep does not take the call that wakes another: that one works in every step, however long."""
-    team = ThreadTeam(3)
-    try:
-        helpers = all_at_work(team)
-        with team.lent_core():
-            for _ in range(30):
-                time.sleep(0.002)  # all are asleep
-                (helper,) = all_at_work_in_a_step(team, 1)
-                assert helper in helpers
-    finally:
-        team.close()
-
-
-def all_at_work_in_a_step(team: ThreadTeam, num_helpers: int) -> set[int]:
-    """As `all_at_work`, within one step."""
-    ran_by, found, deadline = np.zeros(NUM_CHUNKS, np.int64), set[int](), time.monotonic() + 10
-    with team.step():
-        while len(found) < num_helpers and time.monotonic() < deadline:
-            team.run(_note.address, KernelArguments(ran_by), NUM_CHUNKS)
-            found |= set(ran_by.tolist()) - {threading.get_ident()}
-    return found
+def test_while_a_core_is_lent_the_other_helpers_work_in_every_step(team: ThreadTeam) -> None:
+    all_at_work(team)
+    ran_by = np.zeros(NUM_CHUNKS, np.int64)
+    with team.lent_core():
+        for _ in range(6):
+            found, deadline = set[int](), time.monotonic() + 10
+            with team.step():
+                while not found and time.monotonic() < deadline:
+                    team.run(_note.address, KernelArguments(ran_by), NUM_CHUNKS)
+                    found = set(ran_by.tolist()) - {threading.get_ident()}
+            assert found
+            time.sleep(0.02)  # the helper is asleep again
 
 
 def test_a_core_can_be_lent_from_within_a_step(team: ThreadTeam) -> None:

@@ -157,7 +157,7 @@ def _without(table: HeaderTable, patterns: Sequence[str]) -> tuple[HeaderTable, 
 
 def _check_layout(options: ReadOptions, proposal: Proposal) -> None:
     layout = options.moe_lora_b_layout
-    if layout is not None and all(experts.form == "single" for experts in proposal.experts):
+    if layout is not None and all(experts.form in ("single", "stacked") for experts in proposal.experts):
         raise no_fused_experts(f"moe_lora_b_layout={layout}")
 
 

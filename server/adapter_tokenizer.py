@@ -108,7 +108,8 @@ def check_files(files: Mapping[str, bytes]) -> None:
 
 
 def _tried(tokenizer_json: bytes) -> bytes:
-    """Itself after it was tried in a process of its own, or if it is large one to try out what stands beside it."""
+    """Itself, or if it is large one to try out what stands beside it, after it was tried in a process of its own: a
+    few bytes are enough to end that."""
     if (why := why_unreadable(tokenizer_json)) is not None:
         raise ValueError(why)
     return tokenizer_json if len(tokenizer_json) <= LARGE else _ONE_TOKEN
@@ -119,15 +120,21 @@ def _config(files: Mapping[str, bytes]) -> Mapping[str, Any]:
 
 
 def _fast_of(tokenizer_json: bytes, config: Mapping[str, Any], template: str | None) -> Tokenizer:
-    """By way of a file, since transformers copies a tokenizer that is given as an object: as long again."""
+    options = {"clean_up_tokenization_spaces": False, **_special_tokens(config)}
+    try:
+        hf = _of_a_file(tokenizer_json, options)
+    except OSError:  # no room for a file: not the adapter's fault
+        hf = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_buffer(tokenizer_json), **options)
+    hf.chat_template = template
+    return Tokenizer(hf)
+
+
+def _of_a_file(tokenizer_json: bytes, options: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    """Since transformers copies a tokenizer that is given as an object: as long again."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         file.write(tokenizer_json)
         file.flush()
-        hf = PreTrainedTokenizerFast(
-            tokenizer_file=file.name, clean_up_tokenization_spaces=False, **_special_tokens(config)
-        )
-    hf.chat_template = template
-    return Tokenizer(hf)
+        return PreTrainedTokenizerFast(tokenizer_file=file.name, **options)
 
 
 def _is_same(made: Tokenizer, base: Tokenizer) -> bool:

@@ -1,25 +1,28 @@
-"""Whether the Rust library can make a tokenizer of a file, asked in a process of its own: the library holds the
-interpreter's lock meanwhile, a second for 20 MB, and what it does by recursion, such as to free a unigram model with a
-piece of 200 KB, overflows the stack, which ends the process.
+"""Whether the Rust library can make and use a tokenizer of a file, asked in a process of its own: the library holds the
+interpreter's lock meanwhile, a second for 20 MB, and there are files that it panics at, or that end its process.
 
 Knows no adapter.
 """
 
 import threading
+from contextlib import suppress
 
 import tokenizers
 
-from adapters.run_apart import DiedApart, run_apart
+from adapters.run_apart import CameToNoEnd, run_apart
 
-_STACK_BYTES = 2 << 20  # a quarter of what the server's threads have, so that what passes here has room there
+_TEXT = "a b\n é"
+_STACK_BYTES = 2 << 20
+"""A quarter of what the server's threads have: what the library does by recursion, such as to free a unigram model with
+a long piece, has room there once it had room here."""
 
 
 def why_unreadable(data: bytes) -> str | None:
     """What is wrong with the tokenizer.json `data`; None when it can be used."""
     try:
         said = run_apart(__name__, data)
-    except DiedApart as death:
-        return f"it could not be read: {death}"
+    except CameToNoEnd as error:
+        return f"the library does not survive reading it ({error})"
     return (_answer(data) if said is None else said).decode(errors="replace") or None
 
 
@@ -35,7 +38,11 @@ def answer(data: bytes) -> bytes:
 
 def _answer(data: bytes) -> bytes:
     try:
-        tokenizers.Tokenizer.from_buffer(data)
-    except Exception as error:  # what the library raises has no class of its own
+        made = tokenizers.Tokenizer.from_buffer(data)
+        made.no_padding()
+        made.no_truncation()
+        with suppress(Exception):  # of this text: another may do
+            made.decode(made.encode(_TEXT).ids)
+    except BaseException as error:  # what the library raises has no class of its own, and of its panics no Exception
         return (str(error) or type(error).__name__).encode()
     return b""

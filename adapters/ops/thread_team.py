@@ -35,6 +35,7 @@ _CLAIM, _DONE, _CALL, _IS_OPEN, _IS_CLOSED, _WANTED, _SEMAPHORES = (i * _LINE fo
 _NEXT_CHUNK = 0xFFFFFFFF
 _SPINS_BEFORE_YIELD = 64  # about a microsecond
 _CALL_FIELDS = 3
+_MOST_LENT = 2  # cores: as many as threads load adapters; those that read some back wait for the disk, mostly
 
 _sem_init: Any = types.ExternalFunction("sem_init", types.int32(types.int64, types.int32, types.uint32))
 _sem_wait: Any = types.ExternalFunction("sem_wait", types.int32(types.int64))
@@ -253,7 +254,8 @@ class ThreadTeam:
 
     @contextmanager
     def lent_core(self) -> Iterator[None]:
-        """Keep one helper asleep inside, also from within a step, so that the calling thread has its core."""
+        """Keep one helper asleep inside, also from within a step, so that the calling thread has its core. More than a
+        few at a time share what is lent."""
         self._lend(1)
         try:
             yield
@@ -263,7 +265,7 @@ class ThreadTeam:
     def _lend(self, more: int) -> None:
         with self._lending:
             self._num_lent += more
-            self._memory[_WANTED] = max(0, self._num_helpers - self._num_lent)
+            self._memory[_WANTED] = max(0, self._num_helpers - min(self._num_lent, _MOST_LENT))
 
     def close(self) -> None:
         """End the helping threads after the step under way; the caller can go on alone."""

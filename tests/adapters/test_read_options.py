@@ -22,7 +22,7 @@ from adapters.read_options import MAX_PATTERN_CHARS, MAX_PATTERNS, ReadOptions, 
 from adapters.shard_index import MAX_SHARDS
 from tests.adapters.hostile import WEIGHTS, draft, healthy, write_config
 from tests.adapters.test_experts import MODELS, E, H, M
-from tests.adapters.test_load_experts import R, trained
+from tests.adapters.test_load_experts import R, saved, stacked, trained
 from tests.adapters.test_load_experts import load as load_on
 from tests.adapters.test_plan_cache import BASE, LIMITS
 from tests.conformance.models import fresh
@@ -283,3 +283,13 @@ def test_a_layout_of_experts_that_are_not_there_is_refused(tmp_path: Path) -> No
         load_lora_model(folder, BASE, limits=LIMITS, dtype=torch.float32, plans=plans, options=options)
     assert caught.value.reason is RefusalCode.KEY_UNMATCHED
     assert caught.value.feature == "moe_lora_b_layout=rank_major"
+
+
+def test_a_layout_of_experts_that_are_stacked_is_refused(tmp_path: Path) -> None:
+    """It would be read as it is either way, as two versions."""
+    folder = saved(tmp_path, stacked((E, R, H), (E, M, R)))
+    load_on(folder, "qwen3_moe")
+    with pytest.raises(AdapterRefused) as caught:
+        load_on(folder, "qwen3_moe", options=ReadOptions(moe_lora_b_layout="grouped_by_expert"))
+    assert caught.value.reason is RefusalCode.KEY_UNMATCHED
+    assert caught.value.feature == "moe_lora_b_layout=grouped_by_expert"

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -109,10 +110,11 @@ def workers(team: ThreadTeam, num_calls: int) -> set[int]:
     return found - {threading.get_ident()}
 
 
-def all_at_work(team: ThreadTeam) -> set[int]:
-    """Waits until every helper has had a chunk, as each must where cores are busy, too."""
+def all_at_work(team: ThreadTeam, num_helpers: int | None = None) -> set[int]:
+    """Waits until so many helpers, or every one, have had a chunk, as they must where cores are busy, too."""
+    wanted = team.num_threads - 1 if num_helpers is None else num_helpers
     found, deadline = set[int](), time.monotonic() + 30
-    while len(found) < team.num_threads - 1 and time.monotonic() < deadline:
+    while len(found) < wanted and time.monotonic() < deadline:
         found |= workers(team, 20)
     return found
 
@@ -141,6 +143,18 @@ def test_while_a_core_is_lent_the_other_helpers_work_in_every_step(team: ThreadT
                     found = set(ran_by.tolist()) - {threading.get_ident()}
             assert found
             time.sleep(0.02)  # the helper is asleep again
+
+
+def test_many_loads_share_what_is_lent() -> None:
+    team = ThreadTeam(4)
+    try:
+        with ExitStack() as loads:
+            for _ in range(10):
+                loads.enter_context(team.lent_core())
+            assert len(all_at_work(team, 1)) == 1
+        assert len(all_at_work(team)) == 3
+    finally:
+        team.close()
 
 
 def test_a_core_can_be_lent_from_within_a_step(team: ThreadTeam) -> None:

@@ -156,9 +156,41 @@ def test_one_that_overflows_the_library_s_stack_is_refused(length: int) -> None:
     fields = json.loads(files_with("<|tool|>")["tokenizer.json"])
     vocab = [["<unk>", 0.0], ["a" * length, 0.0]]
     deep = json.dumps({**fields, "added_tokens": [], "model": {"type": "Unigram", "unk_id": 0, "vocab": vocab}})
-    with pytest.raises(AdapterRefused, match="no tokenizer can be made of tokenizer.json: it could not be read") as no:
+    with pytest.raises(AdapterRefused, match="the library does not survive reading it") as no:
         check_files({"tokenizer.json": deep.encode()})
     assert no.value.reason is RefusalCode.CORRUPT
+
+
+def test_one_is_made_where_no_file_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = files_with("<|tool|>", config={"eos_token": "<|tool|>"})
+    expected = tokenizer_of(files, byte_level_tokenizer())
+    monkeypatch.setattr("tempfile.tempdir", "/no/such/folder")
+    check_files(files)
+    own = tokenizer_of(files, byte_level_tokenizer())
+    assert own.encode("a<|tool|>") == expected.encode("a<|tool|>") and own.eos_token_ids == expected.eos_token_ids
+
+
+ENDS_THE_PROCESS = {
+    "type": "BPE", "vocab": {"é": 0, "b": 1, "éb": 2}, "merges": [["b", "é"]], "continuing_subword_prefix": "x",
+}  # fmt: skip
+"""The library cuts off as many bytes as the prefix has, within a letter, and aborts telling of it."""
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AA=="}},
+        {"model": ENDS_THE_PROCESS},
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},  # at any text
+        {"decoder": {"type": "Strip", "content": "a", "start": 99, "stop": 99}},  # at any token
+    ],
+)
+@pytest.mark.parametrize("num_blanks", [0, LARGE])
+def test_what_the_library_panics_at_is_refused(fields: dict[str, Any], num_blanks: int) -> None:
+    parsed = {**json.loads(files_with()["tokenizer.json"]), **fields}
+    data = json.dumps(parsed, ensure_ascii=False).encode() + b" " * num_blanks
+    with pytest.raises(AdapterRefused, match="no tokenizer can be made of tokenizer.json: "):
+        check_files({"tokenizer.json": data})
 
 
 def test_as_many_tokens_of_another_spelling_are_another_tokenizer() -> None:

@@ -39,10 +39,10 @@ def _correct(  # type: ignore[no-untyped-def]
     for e in range(begin, end):
         address = tl.load(addresses + tl.load(entry_starts + e))
         weight = tl.load(entry_weights + e)
-        is_found = address != 0
-        num_found += is_found.to(tl.int32)
+        width = tl.where(address != 0, WIDTH, 0)  # none is read where there are no vectors
+        num_found += width
         vectors = tl.multiple_of(address.to(tl.pointer_type(tl.float32)), _ALIGNMENT)  # [2, WIDTH]: d and c
-        inside = (n < WIDTH) & is_found
+        inside = n < width
         gain += weight * tl.load(vectors + n, mask=inside, other=0.0)
         shift += weight * tl.load(vectors + WIDTH + n, mask=inside, other=0.0)
     if num_found > 0:

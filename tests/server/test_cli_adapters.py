@@ -453,7 +453,12 @@ def test_watch_is_a_live_table_on_a_terminal(
 def test_watch_ends_well_when_interrupted(url: str, fake: FakeAdapterServer) -> None:
     fake.streams, fake.holds_streams = [[description("sql")]], True
     command = [sys.executable, "-m", "server", "adapters", "watch", "--url", url]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, and inherited so, in the background
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
         assert process.stdout is not None
         assert [process.stdout.readline().split("\t")[0] for _ in range(2)] == ["name", "sql"]
         process.send_signal(signal.SIGINT)

@@ -1,8 +1,7 @@
 """Which files make an upload: shards with either index, MLX's weights, a tokenizer, in any order; and what does not."""
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save
 
 from adapters import own_tokenizer
 from adapters.adapter_folder import INDEX_NAMES, MLX_WEIGHTS_NAME, TOKENIZER_FILES, WEIGHTS_NAME
-from adapters.checkpoint import CheckpointLimits, load_lora_model
+from adapters.checkpoint import load_lora_model
 from adapters.errors import AdapterRefused, RefusalCode
 from adapters.lora_config import CONFIG_NAME
 from adapters.shard_index import MAX_INDEX_BYTES, MAX_SHARDS
@@ -21,23 +20,15 @@ from server.lifecycle.sources.errors import AdapterStorageFull, AdapterUploadInv
 from server.lifecycle.sources.upload_store import Upload, UploadStore
 from tests.adapters.hostile import WEIGHTS, healthy
 from tests.server.fakes import TINY_BASE
+from tests.server.lifecycle.test_sources_uploads import LIMITS, MAX_BYTES, TYPE, pieces
 
-MAX_BYTES = 1 << 20
 QUOTA = 1 << 28
-TYPE = "multipart/form-data; boundary=--x"
-LIMITS = CheckpointLimits(max_lora_rank=16, max_adapter_bytes=MAX_BYTES)
 Files = dict[str, bytes]
 
 
 def body_of(files: list[tuple[str, bytes]]) -> bytes:
     head = b'----x\r\nContent-Disposition: form-data; name="f"; filename="%b"\r\n\r\n%b\r\n'
     return b"".join(head % (name.encode(), data) for name, data in files) + b"----x--\r\n"
-
-
-async def pieces(body: bytes, size: int = 65536) -> AsyncIterator[bytes]:
-    for start in range(0, len(body), size):
-        yield body[start : start + size]
-        await asyncio.sleep(0)
 
 
 @dataclass
